@@ -1,0 +1,1 @@
+"""What users call: image reading, classical features, classifiers, recipes, segmentation, the command line."""

@@ -1,0 +1,91 @@
+"""Every error that phaseline raises on purpose.
+
+    PhaselineError
+    ├── UsageError (ValueError)              asked for wrongly; the command line exits with 2
+    │   ├── MissingInputError (FileNotFoundError)
+    │   └── OutputExistsError (FileExistsError)
+    ├── ImageError (ValueError)              an image that cannot be read or used
+    ├── LabelError (ValueError)              labels that cannot be trained on
+    ├── ArtefactError (ValueError)
+    │   ├── BundleError                      a bundle that is damaged, foreign or unfit
+    │   └── RecipeError                      likewise a recipe
+    ├── EngineError (RuntimeError)           a graph that failed to run
+    │   └── EngineUnavailableError           the engine asked for is not installed or finds no device
+    ├── ExportError (RuntimeError)           a backbone that cannot be exported
+    │   ├── WeightsError                     weights that do not fit the backbone
+    │   └── ParityError                      the written graph deviates from torch
+    ├── OutputError (OSError)                an output that cannot be written
+    └── MissingExtraError (ImportError)      an optional dependency that is not installed
+
+A message says what was received, what was expected and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class PhaselineError(Exception):
+    """Base of all errors that phaseline raises on purpose."""
+
+
+class UsageError(PhaselineError, ValueError):
+    """The call itself is wrong: an unknown choice, contradictory options."""
+
+
+class MissingInputError(UsageError, FileNotFoundError):
+    """A path that should be read does not exist, or holds nothing to read."""
+
+
+class OutputExistsError(UsageError, FileExistsError):
+    """The output exists and overwriting was not asked for."""
+
+
+class ImageError(PhaselineError, ValueError):
+    """An image that cannot be read, or whose pixels cannot be used."""
+
+
+class LabelError(PhaselineError, ValueError):
+    """Labels that cannot be trained on."""
+
+
+class ArtefactError(PhaselineError, ValueError):
+    """A bundle or recipe that cannot be used."""
+
+
+class BundleError(ArtefactError):
+    """A bundle that is damaged, foreign, or unfit for what was asked."""
+
+
+class RecipeError(ArtefactError):
+    """A recipe that is damaged, foreign, or unfit for what was asked."""
+
+
+class EngineError(PhaselineError, RuntimeError):
+    """An engine that failed to open or to run a graph."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine asked for is not installed, or finds no device."""
+
+
+class ExportError(PhaselineError, RuntimeError):
+    """A backbone that cannot be exported as asked."""
+
+
+class WeightsError(ExportError, ValueError):
+    """Weights that do not fit the backbone."""
+
+
+class ParityError(ExportError):
+    """The written graph deviates from torch by more than the tolerance."""
+
+
+class OutputError(PhaselineError, OSError):
+    """An output that cannot be written."""
+
+
+class MissingExtraError(PhaselineError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{package} is not installed, which {purpose} needs; install it with: "
+                         f"pip install 'phaseline[{extra}]'")

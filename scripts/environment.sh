@@ -1,0 +1,22 @@
+# Sourced by the scripts beside it: `environment EXTRAS` makes .venv ready with these extras and puts it on PATH.
+
+environment() {
+    local extras=$1 root stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    cd "$root" || exit 1
+    if [ ! -x .venv/bin/python ]; then
+        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "phaseline needs Python 3.11 or newer as python3; found: $(python3 --version 2>&1)" >&2
+            exit 1
+        fi
+        python3 -m venv .venv || exit 1
+    fi
+    # One stamp a set of extras: what was installed for the same files is not installed again.
+    stamp=.venv/phaseline-${extras//,/-}
+    if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+        echo "installing phaseline[$extras] into .venv" >&2
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" || exit 1
+        touch "$stamp"
+    fi
+    PATH=$root/.venv/bin:$PATH
+}

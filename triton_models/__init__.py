@@ -1,0 +1,1 @@
+"""Templates and adapters that NVIDIA Triton Inference Server loads."""
