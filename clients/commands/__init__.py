@@ -1,0 +1,1 @@
+"""One file a command of the `phaseline` command line."""

@@ -1,0 +1,61 @@
+"""`phaseline features`: deep features of an image as an array, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import numpy as np
+import typer
+
+from phaseline.clients import options
+from phaseline.clients.features import DeepFeatures, FeatureSettings, PixelFeatures, image_channels
+from phaseline.clients.images import check_output, read_image, write_array, write_rgb
+from phaseline.clients.pictures import pca_picture
+from phaseline.clients.window import IntensityWindow
+from phaseline.runtime.average import PixelSampling
+from phaseline.runtime.bundle import open_bundle
+from phaseline.runtime.engine import check_device
+from phaseline.runtime.errors import UsageError
+from phaseline.runtime.geometry import Alignment, Interpolation
+from phaseline.runtime.source import LocalSource
+from phaseline.runtime.transforms import Boundary
+
+
+def features_command(
+    image: Annotated[Path, typer.Argument(metavar="INPUT", help="An image.")],
+    out: Annotated[Path, typer.Option("--out", help="An .npy file; the picture is put beside it as .png.")],
+    bundle: options.Bundle = "default",
+    transforms: options.Transforms = "none",
+    alignment: options.Alignment = "centred",
+    interpolation: options.Interpolation = "bilinear",
+    boundary: options.Boundary = "reflect",
+    window: Annotated[str, typer.Option(help="Intensities that become 0 and 255, as in `phaseline fit`.")] = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write an image's deep pixel features, float16 of shape (k, rows, cols), and their 3-component PCA picture."""
+    del debug
+    screen = options.Screen(quiet)
+    picture = out.with_suffix(".png")
+    if out.suffix != ".npy":
+        raise UsageError(f"features go into an .npy file, but {out} was asked for; name it {out.with_suffix('.npy')}")
+    for path in (out, picture):
+        check_output(path, overwrite)
+    known_device = check_device(device)
+    pixels = read_image(image)
+    seen = IntensityWindow.fit([pixels], window).apply(pixels)
+    with LocalSource(open_bundle(bundle), known_device, threads) as source:
+        screen.warn_untrained(source.spec)
+        screen.say(f"engine: {source.engine_choice}")
+        sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
+        settings = FeatureSettings(image_channels([pixels]), None, DeepFeatures.for_bundle(source.spec, transforms, sampling))
+        features = np.empty((source.spec.channels, *pixels.shape[:2]), np.float16)
+        for rows, band in PixelFeatures(settings, source).bands(seen):
+            features[:, rows] = band
+    write_array(out, features)
+    write_rgb(picture, pca_picture(features))
+    screen.say(f"{out}: float16 {features.shape}; {picture}: their first three principal components")

@@ -1,0 +1,94 @@
+"""`phaseline info`: what is installed, which engines work, what an artefact holds."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from phaseline.clients import recipe as recipes
+from phaseline.clients.options import Debug, untrained_note
+from phaseline.runtime import bundle as bundles
+from phaseline.runtime.bundle import Bundle, open_bundle
+from phaseline.runtime.errors import MissingExtraError, MissingInputError, UsageError
+from phaseline.runtime.ort import PROVIDER_NAMES, import_onnxruntime
+
+
+def info_command(
+    artefact: Annotated[str | None, typer.Argument(metavar="[BUNDLE|RECIPE]", help="A folder, or 'default'.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed and which engines work, or what a bundle or recipe holds."""
+    del debug
+    console = Console(highlight=False, soft_wrap=True)
+    if artefact is None:
+        lines = _installation()
+    elif artefact == "default" or (Path(artefact) / bundles.MANIFEST).is_file():
+        lines = _bundle(open_bundle(artefact))
+    elif (Path(artefact) / recipes.MANIFEST).is_file():
+        lines = _recipe(Path(artefact))
+    elif Path(artefact).exists():
+        raise UsageError(f"{artefact} holds neither {bundles.MANIFEST} nor {recipes.MANIFEST}; expected a bundle or a recipe")
+    else:
+        raise MissingInputError(f"nothing at {artefact}; expected the folder of a bundle or a recipe, or 'default'")
+    for name, text in lines:
+        console.print(f"{name:<16}{text}", markup=False)
+
+
+def _installation() -> list[tuple[str, str]]:
+    lines = [("python", platform.python_version()), *recipes.installed_versions().items()]
+    try:
+        available = import_onnxruntime().get_available_providers()
+    except MissingExtraError as error:
+        lines.append(("engines", str(error)))
+    else:
+        lines += [(f"engine {name}", "available" if provider in available else "not in this ONNX Runtime")
+                  for name, provider in PROVIDER_NAMES.items()]
+    return lines
+
+
+def _bundle(bundle: Bundle) -> list[tuple[str, str]]:
+    spec = bundle.spec
+    lines = [
+        ("bundle", str(bundle.path)),
+        ("hash", bundle.hash),
+        ("backbone", f"{spec.backbone}, weights {spec.weights}{'' if spec.trained else ' (untrained)'}"),
+        ("tile", f"{spec.tile_px} px, {spec.in_channels} channel(s); patch {spec.patch_px} px, stride {spec.stride_px} px, "
+                 f"{spec.grid}×{spec.grid} tokens"),
+        ("features", f"{spec.channels} of {spec.embed_dim} channels; {spec.heads} attention heads; facets: "
+                     f"{', '.join(spec.facets) or 'none'}"),
+        ("precision", f"{spec.precision}; at most {spec.max_batch} tiles in a batch"),
+    ]
+    lines += [(f"graph {form}", f"{name}") for form, name in spec.graphs.items()]
+    lines += [("file", f"{name}, {file.size_bytes} bytes, sha256 {file.sha256}") for name, file in spec.files.items()]
+    lines += [("projection", f"{name} {value}") for name, value in spec.projection.items()]
+    lines += [("parity", f"{name} {value:.3g}") for name, value in spec.parity.items()]
+    lines += [("written by", f"{name} {version}") for name, version in spec.versions.items()]
+    return lines if spec.trained else [*lines, ("note", untrained_note(spec).removeprefix("note: "))]
+
+
+def _recipe(path: Path) -> list[tuple[str, str]]:
+    recipe = recipes.load_recipe(path, device="cpu")
+    deep, classical = recipe.features.deep, recipe.features.classical
+    lines = [
+        ("recipe", str(path)),
+        ("hash", recipes.recipe_hash(path)),
+        ("images", "grey" if recipe.features.image_channels == 1 else "RGB"),
+        ("window", f"{recipe.window.low:g}…{recipe.window.high:g}"),
+        ("classical", "none" if classical is None else f"{classical.channels} features a channel, σ {classical.sigmas} px "
+                                                       f"× {classical.sigma_factor:g}"),
+        ("deep", "none" if deep is None else f"transforms {deep.transforms}, {deep.sampling.alignment}, "
+                                             f"{deep.sampling.interpolation}, {deep.sampling.boundary}, overlap "
+                                             f"{deep.overlap_px} px"),
+        ("classifier", f"{recipe.classifier_kind}, {recipe.classifier.n_features} features"),
+    ]
+    if recipe.bundle is not None:
+        lines.append(("bundle", f"{recipe.bundle.hash} ({recipe.bundle.path})"
+                                f"{'' if recipe.bundle.trained else ', untrained weights'}"))
+    for value, name, colour in zip(recipe.classes.values, recipe.classes.names, recipe.classes.colours, strict=True):
+        lines.append(("class", f"{value} {name} {colour}, {recipe.training['pixels'][str(value)]} labelled pixels"))
+    lines.append(("fitted on", ", ".join(recipe.training["images"])))
+    return lines + [("written by", f"{name} {version}") for name, version in recipe.versions.items()]

@@ -1,0 +1,258 @@
+"""The one road from an image to the features of its pixels, taken by fitting and by segmenting alike.
+
+    uint8 image ─┬─▶ classical features of each colour channel ───────────────────┐
+                 │                                                               ├─▶ bands of rows (channels, rows, cols)
+                 └─▶ tiles ─▶ views ─▶ FeatureSource ─▶ average ─▶ blend tiles ───┘
+
+Bands come out from top to bottom as soon as no later tile can change them, so memory grows with an image's width, not
+with its height.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from phaseline.clients.classical import ClassicalFeatures
+from phaseline.clients.window import to_channels
+from phaseline.runtime.average import PixelSampling, ViewAverage
+from phaseline.runtime.contract import F32, U8, BundleSpec, FeatureSource
+from phaseline.runtime.errors import ImageError, UsageError
+from phaseline.runtime.tiles import TileAxis, cut_tile
+from phaseline.runtime.transforms import TransformSet
+
+FEATURES_VERSION = 1
+"""Raised whenever the same settings give other numbers: recipes of other versions are refused."""
+
+BAND_PX = 512
+"""Rows of a band when no bundle sets a tile size."""
+
+
+@dataclass(frozen=True)
+class DeepFeatures:
+    """How a bundle's patch features become pixel features.
+
+    Attributes
+    ----------
+    transforms
+        Name of the transform set, see `TransformSet.parse`.
+    overlap_px
+        Pixels that neighbouring tiles share, over which they are blended.
+    sampling
+        Alignment, interpolation and boundary.
+    """
+
+    transforms: str = "none"
+    overlap_px: int = 0
+    sampling: PixelSampling = field(default_factory=PixelSampling)
+
+    @classmethod
+    def for_bundle(
+        cls,
+        spec: BundleSpec,
+        transforms: str = "none",
+        sampling: PixelSampling | None = None,
+        overlap_px: int | None = None,
+    ) -> Self:
+        """Settings for a bundle; unless told otherwise, tiles overlap by an eighth of their side."""
+        return cls(transforms, spec.tile_px // 8 if overlap_px is None else overlap_px, sampling or PixelSampling())
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**content, "sampling": PixelSampling(**content["sampling"])})
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Which features a pixel has. Part of the recipe.
+
+    Attributes
+    ----------
+    image_channels
+        1 for grey images, 3 for RGB. Classical features are computed of each channel; a bundle of one channel sees luma.
+    classical
+        The filter bank, or None.
+    deep
+        How the bundle's features are used, or None.
+    """
+
+    image_channels: int
+    classical: ClassicalFeatures | None = field(default_factory=ClassicalFeatures)
+    deep: DeepFeatures | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_channels not in (1, 3):
+            raise UsageError(f"images of {self.image_channels} channels were asked for, expected 1 (grey) or 3 (RGB)")
+        if self.classical is None and self.deep is None:
+            raise UsageError("neither classical nor deep features were asked for; expected at least one")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        classical, deep = content["classical"], content["deep"]
+        return cls(
+            image_channels=content["image_channels"],
+            classical=None if classical is None else ClassicalFeatures.from_dict(classical),
+            deep=None if deep is None else DeepFeatures.from_dict(deep),
+        )
+
+
+def image_channels(images: Sequence[npt.NDArray[np.generic]]) -> int:
+    """Channels of a set of images.
+
+    Parameters
+    ----------
+    images
+        Arrays of shape (rows, cols) or (rows, cols, 3).
+
+    Returns
+    -------
+    3 when any image is RGB, else 1.
+
+    Raises
+    ------
+    ImageError
+        An array of another shape, or without pixels.
+    """
+    for image in images:
+        if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
+            raise ImageError(f"an image has shape {image.shape}, expected (rows, cols) or (rows, cols, 3)")
+    return 3 if any(image.ndim == 3 for image in images) else 1
+
+
+class PixelFeatures:
+    """Computes the features of an image's pixels.
+
+    Parameters
+    ----------
+    settings
+        Which features.
+    source
+        An open source; needed, and allowed, only with deep features.
+
+    Raises
+    ------
+    UsageError
+        Deep features without a source, or the other way round; a transform set or overlap that does not fit the tile.
+    """
+
+    def __init__(self, settings: FeatureSettings, source: FeatureSource | None) -> None:
+        if (settings.deep is None) != (source is None):
+            raise UsageError("deep features need a bundle, and a bundle is of use only with deep features")
+        self.settings = settings
+        self._source = source
+        self._transforms = TransformSet.parse("none", 1)
+        if source is not None and settings.deep is not None:
+            self._transforms = TransformSet.parse(settings.deep.transforms, source.spec.stride_px)
+            self._transforms.check_fits(source.spec.tile_px)
+            TileAxis(1, source.spec.tile_px, settings.deep.overlap_px)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One for each feature, in their order."""
+        names: list[str] = []
+        if self.settings.classical is not None:
+            colours = [""] if self.settings.image_channels == 1 else ["red ", "green ", "blue "]
+            names += [colour + name for colour in colours for name in self.settings.classical.names]
+        if self._source is not None:
+            names += [f"deep {i}" for i in range(self._source.spec.channels)]
+        return tuple(names)
+
+    def bands(self, image: U8, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[tuple[slice, F32]]:
+        """Features of all pixels, band by band.
+
+        Parameters
+        ----------
+        image
+            uint8 array of shape (rows, cols) or (rows, cols, 3), as `image_channels` says.
+        wanted
+            bool array of shape (rows, cols): pixels whose features will be read; None for all. Bands without any are left
+            out, and elsewhere the features of other pixels may be wrong.
+
+        Yields
+        ------
+        The rows, and a float32 array of shape (features, rows, cols).
+        """
+        planes = np.ascontiguousarray(image[None] if image.ndim == 2 else image.transpose(2, 0, 1))
+        if len(planes) != self.settings.image_channels:
+            raise UsageError(f"the image has {len(planes)} channels, expected {self.settings.image_channels}")
+        deep = None if self._source is None else self._deep_bands(image, wanted, self._source)
+        axis = self._axis(image.shape[0])
+        n_features = len(self.names)
+        for start, end in itertools.pairwise((*axis.starts, image.shape[0])):
+            # The generator keeps the tiles' running sum, so it is advanced for bands that are left out too.
+            deep_band = None if deep is None else next(deep)
+            if wanted is not None and not wanted[start:end].any():
+                continue
+            features = np.empty((n_features, end - start, image.shape[1]), np.float32)
+            if deep_band is not None:
+                features[n_features - len(deep_band) :] = deep_band
+            if self.settings.classical is not None:
+                self._classical_band(planes, start, end, features)
+            yield slice(start, end), features
+
+    def _axis(self, length_px: int) -> TileAxis:
+        if self._source is None or self.settings.deep is None:
+            return TileAxis(length_px, BAND_PX, 0)
+        return TileAxis(length_px, self._source.spec.tile_px, self.settings.deep.overlap_px)
+
+    def _classical_band(self, planes: U8, start: int, end: int, out: F32) -> None:
+        bank = self.settings.classical
+        assert bank is not None
+        top, bottom = max(start - bank.halo_px, 0), min(end + bank.halo_px, planes.shape[1])
+        for i, plane in enumerate(planes):
+            features = bank.compute(plane[top:bottom])
+            out[i * bank.channels : (i + 1) * bank.channels] = features[:, start - top : end - top]
+
+    def _deep_bands(
+        self, image: U8, wanted: npt.NDArray[np.bool_] | None, source: FeatureSource
+    ) -> Iterator[F32]:
+        """Blended deep features, a view of shape (k, rows of the band, cols) for each row of tiles."""
+        spec = source.spec
+        seen = to_channels(image, spec.in_channels)
+        planes = np.ascontiguousarray(seen[None] if seen.ndim == 2 else seen.transpose(2, 0, 1))
+        rows, cols = self._axis(planes.shape[1]), self._axis(planes.shape[2])
+        row_weights, col_weights = rows.weights(), cols.weights()
+        total = np.zeros((spec.channels, rows.size_px, cols.length_px), np.float32)
+        for i, (start, end) in enumerate(itertools.pairwise((*rows.starts, rows.length_px))):
+            needed = [
+                j for j, col in enumerate(cols.starts)
+                if wanted is None or wanted[start : start + rows.size_px, col : col + cols.size_px].any()
+            ]
+            for j, features in self._tiles(planes, start, {j: cols.starts[j] for j in needed}, source):
+                weighted = features[:, : rows.size_px, : cols.size_px]
+                weighted *= row_weights[i][:, None]
+                weighted *= col_weights[j]
+                total[:, :, cols.starts[j] : cols.starts[j] + cols.size_px] += weighted
+            yield total[:, : end - start]
+            done = end - start
+            total[:, : total.shape[1] - done] = total[:, done:].copy()
+            total[:, total.shape[1] - done :] = 0
+
+    def _tiles(
+        self, planes: U8, row: int, cols: dict[int, int], source: FeatureSource
+    ) -> Iterator[tuple[int, F32]]:
+        """Averaged pixel features, float32 of shape (k, T, T), of the tiles at a row."""
+        spec, deep = source.spec, self.settings.deep
+        assert deep is not None
+        last = self._transforms.transforms[-1]
+        jobs = ((j, col, transform) for j, col in cols.items() for transform in self._transforms.transforms)
+        averages: dict[int, ViewAverage] = {}
+        while batch := list(itertools.islice(jobs, spec.max_batch)):
+            views = np.stack([
+                transform.apply(cut_tile(planes, row, col, spec.tile_px), deep.sampling.boundary)
+                for _, col, transform in batch
+            ])
+            for (j, _, transform), patch_features in zip(batch, source.patch_features(views), strict=True):
+                if j not in averages:
+                    averages[j] = ViewAverage((spec.tile_px, spec.tile_px), spec.channels, spec.patch_px, spec.stride_px,
+                                              deep.sampling)
+                averages[j].add(transform, patch_features)
+                if transform == last:
+                    yield j, averages.pop(j).mean()

@@ -1,0 +1,191 @@
+"""Recipes: what fitting writes, and all that segmenting needs besides the bundle.
+
+    RECIPE/
+      recipe.json        classes, intensity window, features, bundle hash, versions
+      classifier.*       XGBoost's UBJSON, or scikit-learn's through skops; never pickle
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from phaseline.clients.classify import Classifier, load_classifier
+from phaseline.clients.features import FEATURES_VERSION, FeatureSettings
+from phaseline.clients.labels import ClassTable
+from phaseline.clients.window import IntensityWindow
+from phaseline.runtime.bundle import describe_file
+from phaseline.runtime.errors import MissingInputError, PhaselineError, RecipeError
+from phaseline.runtime.output import new_folder
+
+RECIPE_FORMAT = 1
+MANIFEST = "recipe.json"
+PACKAGES = ("phaseline", "numpy", "opencv-python-headless", "xgboost", "scikit-learn", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class BundleReference:
+    """The bundle that a recipe was fitted with.
+
+    Attributes
+    ----------
+    hash
+        Its name; a bundle of another hash is refused.
+    path
+        Where it was when fitting, or ``default``: looked for there first.
+    trained
+        False for random weights.
+    """
+
+    hash: str
+    path: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which label a pixel gets, but the bundle's graphs.
+
+    Attributes
+    ----------
+    classes
+        The user's label values, names and colours.
+    window
+        Intensities that become 0 and 255.
+    features
+        Which features a pixel has.
+    classifier_kind, classifier
+        Name and fitted classifier.
+    bundle
+        None for classical features only.
+    training
+        What it was fitted on: ``images``, and ``pixels`` of each label value.
+    versions
+        Of the packages that wrote it.
+    """
+
+    classes: ClassTable
+    window: IntensityWindow
+    features: FeatureSettings
+    classifier_kind: str
+    classifier: Classifier
+    bundle: BundleReference | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> None:
+        """Write the recipe's folder, whole or not at all.
+
+        Raises
+        ------
+        OutputExistsError
+            The folder exists, and overwriting was not asked for or it is no recipe.
+        OutputError
+            It cannot be written.
+        """
+        with new_folder(Path(path), overwrite, MANIFEST) as folder:
+            self.classifier.save(folder)
+            content = {
+                "format": RECIPE_FORMAT,
+                "features_version": FEATURES_VERSION,
+                "classes": dataclasses.asdict(self.classes),
+                "window": dataclasses.asdict(self.window),
+                "features": dataclasses.asdict(self.features),
+                "classifier": {"kind": self.classifier_kind, "n_features": self.classifier.n_features},
+                "bundle": None if self.bundle is None else dataclasses.asdict(self.bundle),
+                "training": self.training,
+                "versions": self.versions,
+                "files": {file.name: describe_file(file).sha256 for file in sorted(folder.iterdir())},
+            }
+            content["hash"] = _digest(content)
+            (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "auto") -> Recipe:
+    """Read a recipe's folder.
+
+    Parameters
+    ----------
+    path
+        The folder that `Recipe.save` wrote.
+    threads, device
+        For the classifier: threads on the CPU (None: one for each core), and ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    MissingInputError
+        There is no such folder.
+    RecipeError
+        It is damaged, or was written by a version of phaseline or scikit-learn that gives other numbers.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise MissingInputError(f"no recipe at {folder}: expected a folder written by `phaseline fit`")
+    content = _read_manifest(folder)
+    for name, expected in content["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise RecipeError(f"{file} is missing from the recipe; copy the recipe again, or fit again")
+        if describe_file(file).sha256 != expected:
+            raise RecipeError(f"{file} is damaged: its content does not match {MANIFEST}; copy the recipe again, or fit again")
+    if content["features_version"] != FEATURES_VERSION:
+        raise RecipeError(f"{folder} was fitted on version {content['features_version']} of the features, but this phaseline "
+                          f"computes version {FEATURES_VERSION}; fit again")
+    try:
+        classes = ClassTable(**{name: tuple(values) for name, values in content["classes"].items()})
+        return Recipe(
+            classes=classes,
+            window=IntensityWindow(**content["window"]),
+            features=FeatureSettings.from_dict(content["features"]),
+            classifier_kind=content["classifier"]["kind"],
+            classifier=load_classifier(
+                content["classifier"]["kind"], folder, n_features=content["classifier"]["n_features"],
+                n_classes=len(classes.values), threads=threads, device=device,
+            ),
+            bundle=None if content["bundle"] is None else BundleReference(**content["bundle"]),
+            training=content["training"],
+            versions=content["versions"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{folder / MANIFEST} cannot be understood ({error!r}); fit again") from error
+
+
+def recipe_hash(path: Path | str) -> str:
+    """A saved recipe's name, 64 hexadecimal digits: over its settings and its classifier."""
+    return str(_read_manifest(Path(path))["hash"])
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers, where installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        expected, written_format = content.pop("hash"), content["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, PhaselineError):
+            raise
+        raise RecipeError(f"{file} cannot be read ({error}); is this a recipe?") from error
+    if written_format != RECIPE_FORMAT:
+        raise RecipeError(f"{file} has format {written_format!r}, expected {RECIPE_FORMAT}; fit again with this phaseline")
+    if _digest(content) != expected:
+        raise RecipeError(f"{file} does not match its own hash: it was edited or damaged; fit again")
+    return {**content, "hash": expected}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
