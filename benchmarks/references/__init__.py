@@ -1,0 +1,1 @@
+"""Plain implementations of published methods, to test and time against."""
