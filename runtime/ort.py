@@ -81,7 +81,7 @@ class OrtEngine:
                                  "trt_fp16_enable": True}), PROVIDER_NAMES["cuda"]]
         try:
             session = ort.InferenceSession(str(self.graph), options, providers=providers)
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a dozen unrelated classes
+        except Exception as error:
             raise EngineError(f"ONNX Runtime cannot open {self.graph}: {_one_line(error)}") from error
         # A provider whose libraries are missing is dropped by ONNX Runtime with no more than a log line.
         if session.get_providers()[0] != name:
@@ -124,7 +124,7 @@ class OrtEngine:
                 binding.bind_output(name, device)
             self._session.run_with_iobinding(binding)
             results: list[F16] = binding.copy_outputs_to_cpu()
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             raise EngineError(f"ONNX Runtime failed on tiles of shape {tiles.shape}: {_one_line(error)}") from error
         return results
 

@@ -11,6 +11,7 @@ An image smaller than a tile is mirrored at its lower and right edges until it f
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,7 @@ class TileAxis:
         """
         starts = self.starts
         weights = np.ones((len(starts), self.size_px))
-        for i, (left, right) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for i, (left, right) in enumerate(itertools.pairwise(starts)):
             shared = left + self.tile_px - right
             ramp = (np.arange(shared) + 0.5) / max(shared, 1)
             weights[i + 1, :shared] *= ramp
