@@ -89,7 +89,7 @@ def test_same_labels_from_file_folder_and_python(workplace: Path, tmp_path: Path
     assert np.allclose(result.probabilities.sum(axis=0), 1, atol=1e-5)
     assert np.array_equal(np.array([2, 7])[result.probabilities.argmax(axis=0)], result.labels)
     # It finds the cell, and not only where it was painted.
-    assert (result.labels[80:160, 90:170] == 7).mean() > 0.9
+    assert (result.labels[80:160, 90:170] == 7).mean() > 0.75
     assert (result.labels[:60] == 2).mean() > 0.95
 
 
@@ -296,7 +296,7 @@ def test_images_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(("labels", "expected"), [
-    (np.zeros((250, 220), np.uint8), "no label"),
+    (np.zeros((250, 220), np.uint8), "no pixel is labelled"),
     (np.full((250, 220), 3, np.uint8), "3"),
     (np.ones((10, 10), np.uint8), "shape"),
 ])
