@@ -5,9 +5,12 @@ Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted. A 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.metadata import entry_points
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -18,9 +21,10 @@ from phaseline.clients.commands.fit import fit_command
 from phaseline.clients.commands.info import info_command
 from phaseline.clients.commands.segment import segment_command
 from phaseline.clients.options import fail
-from phaseline.runtime.errors import PhaselineError, UsageError
+from phaseline.runtime.errors import PhaselineError, StoppedError, UsageError
 
 COMMAND_GROUP = "phaseline.commands"
+INTERRUPTED = 130
 
 
 def build_app() -> typer.Typer:
@@ -33,12 +37,25 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")] = False,
+    ) -> None:
+        del version
+
     for name, command in (("demo", demo_command), ("fit", fit_command), ("segment", segment_command),
                           ("features", features_command), ("info", info_command)):
         app.command(name)(command)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         app.command(entry.name)(entry.load())
     return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"phaseline {metadata.version('phaseline')}")
+        raise typer.Exit
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -56,20 +73,22 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         status = build_app()(args=list(arguments), standalone_mode=False)
+        if status == INTERRUPTED:  # typer turns a KeyboardInterrupt into this code, without a word
+            fail("interrupted")
         return status if isinstance(status, int) else 0
     except TyperException as error:
         if debug:
             raise
-        fail(f"{error.format_message()}; see phaseline --help")
+        fail(f"{error.format_message().rstrip('.')}; see phaseline --help")
         return 2
     except PhaselineError as error:
         if debug:
             raise
         fail(str(error))
-        return 2 if isinstance(error, UsageError) else 1
+        return INTERRUPTED if isinstance(error, StoppedError) else 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; finished outputs are whole")
-        return 130
+        fail("interrupted")
+        return INTERRUPTED
     except Exception as error:
         if debug:
             raise
@@ -79,6 +98,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    # A batch system's SIGTERM ends a run as Ctrl-C does: with a word, and with whole files.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -2,8 +2,8 @@
 
     OUT/<stem>.png  OUT/<stem>_confidence.png  OUT/<stem>_probabilities.npy  OUT/report.jsonl
 
-The report's first line says what decides the labels (recipe, engine, options); then comes one line an image, appended
-when its files are in place. A line cut short by a kill is ignored, and its image is done again.
+The report's first line says what decides the labels (recipe and options); then comes one line an image (engine, fractions),
+appended when its files are in place. A line cut short by a kill is ignored, and its image is done again.
 """
 
 from __future__ import annotations
@@ -73,10 +73,12 @@ def plan(images: Sequence[Path], out: Path, *, folder: bool, confidence: bool, p
         jobs.append(Job(
             image,
             labels,
-            labels.with_name(f"{labels.stem}_confidence.png") if confidence else None,
-            labels.with_name(f"{labels.stem}_probabilities.npy") if probabilities else None,
+            _confidence_path(labels) if confidence else None,
+            _probabilities_path(labels) if probabilities else None,
         ))
     outputs = [path.resolve() for job in jobs for path in job.outputs]
+    if folder and any(out.resolve() == image.parent.resolve() for image in images):
+        raise UsageError(f"the output folder {out} is the images' own, where labels would be taken for images; choose another")
     if overwritten := {image.resolve() for image in images} & set(outputs):
         raise UsageError(f"the output would replace the input {min(overwritten)}; choose another output")
     if len(set(outputs)) < len(outputs):
@@ -87,7 +89,7 @@ def plan(images: Sequence[Path], out: Path, *, folder: bool, confidence: bool, p
 
 def report_path(out: Path, *, folder: bool) -> Path:
     """Where the report of an output lies."""
-    return out / REPORT if folder else out.with_name(f"{out.stem}_{REPORT}")
+    return out / REPORT if folder else out.with_name(f"{out.name}.{REPORT}")
 
 
 def pending(jobs: Sequence[Job], report: Path, header: dict[str, Any], *, overwrite: bool, resume: bool) -> list[Job]:
@@ -102,7 +104,8 @@ def pending(jobs: Sequence[Job], report: Path, header: dict[str, Any], *, overwr
     overwrite
         Do all, and replace what is there.
     resume
-        Do those that the report does not hold, or whose image or outputs have changed since.
+        Do those that the report does not hold, or whose image or outputs have changed since. Without a report there is nothing
+        to resume: outputs that exist are then foreign, and refused.
 
     Raises
     ------
@@ -111,21 +114,23 @@ def pending(jobs: Sequence[Job], report: Path, header: dict[str, Any], *, overwr
     OutputError
         An output cannot be written.
     """
-    if not resume:
+    lines = list(_lines(report)) if resume else []
+    if not lines:
+        if report.exists() and not overwrite and not resume:
+            raise OutputExistsError(f"{report} exists, of an earlier run; go on with --resume, begin anew with --overwrite, or "
+                                    "choose another output")
         for path in (path for job in jobs for path in job.outputs):
             check_output(path, overwrite)
-        if report.exists() and not overwrite:
-            raise OutputExistsError(f"{report} exists; go on with --resume, or begin anew with --overwrite")
         return list(jobs)
-    lines = list(_lines(report))
-    if lines and lines[0] != header:
+    if lines[0] != header:
         changed = sorted(key for key in {*header, *lines[0]} if header.get(key) != lines[0].get(key))
         raise OutputExistsError(f"{report} was begun with another {', '.join(changed)}; --resume needs the same, use "
                                 "--overwrite or another output")
-    finished = {line["image"]: line for line in lines[1:] if "error" not in line}
-    for job in jobs:
-        check_output(job.labels, overwrite=True)
-    return [job for job in jobs if not _is_done(job, finished.get(job.image.name))]
+    finished = {line.get("image"): line for line in lines[1:] if "error" not in line}
+    left = [job for job in jobs if not _is_done(job, finished.get(job.image.name))]
+    for path in (path for job in left for path in job.outputs):
+        check_output(path, overwrite=True)
+    return left
 
 
 def segment_files(
@@ -160,8 +165,8 @@ def segment_files(
 
     Returns
     -------
-    The lines of the report: ``image``, ``fingerprint``, ``seconds``, and either ``fractions`` (by label value) and
-    ``mean_confidence``, or ``error``.
+    The lines of the report: ``image``, ``input``, ``outputs``, ``seconds``, and either ``fractions`` (by label value) and
+    ``mean_confidence`` (0–1), or ``error``.
 
     Raises
     ------
@@ -169,14 +174,19 @@ def segment_files(
         An output or the report cannot be written: that stops the run, since the next image would fail alike.
     """
     results = []
+    if not append:
+        _remove_stale(jobs, report)
     begun = append and bool(list(_lines(report)))
     try:
         with report.open("a" if begun else "w", encoding="utf-8") as stream:
-            # A run that was killed may have left half a line: the next one must not be glued to it.
-            stream.write("\n" if begun else json.dumps(header, ensure_ascii=False) + "\n")
+            if not begun:
+                stream.write(json.dumps(header) + "\n")
+            elif not report.read_bytes().endswith(b"\n"):
+                # A run that was killed left half a line: the next one must not be glued to it.
+                stream.write("\n")
             for job in jobs:
                 line = _segment_one(segmenter, job, crf, progress)
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(json.dumps(line) + "\n")
                 stream.flush()
                 results.append(line)
                 if on_image is not None:
@@ -198,9 +208,9 @@ def _segment_one(
     segmenter: Segmenter, job: Job, crf: CRFParameters | None, progress: Callable[[float], None] | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    line: dict[str, Any] = {"image": job.image.name}
+    line: dict[str, Any] = {"image": job.image.name, "engine": segmenter.engine_choice}
     try:
-        line["fingerprint"] = _fingerprint(job.image)
+        line["input"] = _fingerprint(job.image)
         result = segmenter.segment(
             read_image(job.image), probabilities=job.probabilities is not None, crf=crf, progress=progress
         )
@@ -212,24 +222,47 @@ def _segment_one(
     except OutputError:
         raise
     except PhaselineError as error:
+        # What an earlier run left there would pass for this one's.
+        for path in job.outputs:
+            path.unlink(missing_ok=True)
         return {**line, "error": str(error)}
     return {
         **line,
+        "outputs": {path.name: _fingerprint(path) for path in job.outputs},
         "seconds": round(time.perf_counter() - started, 3),
         "fractions": fractions(result.labels, segmenter.recipe.classes),
-        "mean_confidence": float(result.confidence.mean()),
+        "mean_confidence": round(float(result.confidence.mean()) / 255, 4),
     }
 
 
+def _remove_stale(jobs: Sequence[Job], report: Path) -> None:
+    """Remove what an earlier run wrote beside the labels and this one will not replace: it would not belong to them."""
+    if not report.is_file():
+        return
+    for job in jobs:
+        for path in {_confidence_path(job.labels), _probabilities_path(job.labels)} - {job.confidence, job.probabilities}:
+            path.unlink(missing_ok=True)
+
+
+def _confidence_path(labels: Path) -> Path:
+    return labels.with_name(f"{labels.stem}_confidence.png")
+
+
+def _probabilities_path(labels: Path) -> Path:
+    return labels.with_name(f"{labels.stem}_probabilities.npy")
+
+
 def _is_done(job: Job, line: dict[str, Any] | None) -> bool:
-    if line is None or not all(path.is_file() for path in job.outputs):
+    if line is None:
         return False
-    return job.image.is_file() and line.get("fingerprint") == _fingerprint(job.image)
+    return (line.get("input") == _fingerprint(job.image)
+            and line.get("outputs") == {path.name: _fingerprint(path) for path in job.outputs})
 
 
-def _fingerprint(image: Path) -> str:
+def _fingerprint(path: Path) -> str:
+    """Length and time of the last change: what tells, without reading it, that a file is another one."""
     try:
-        status = image.stat()
+        status = path.stat()
     except OSError as error:
         return f"unreadable: {error.strerror}"
     return f"{status.st_size} bytes, {status.st_mtime_ns} ns"

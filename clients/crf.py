@@ -65,6 +65,21 @@ class CRFParameters:
             raise UsageError(f"the CRF's iterations are {self.iterations}, expected a whole number")
 
 
+def import_densecrf() -> Any:
+    """The module `pydensecrf.densecrf`.
+
+    Raises
+    ------
+    MissingExtraError
+        The extra ``crf`` is not installed.
+    """
+    try:
+        from pydensecrf import densecrf
+    except ImportError as error:
+        raise MissingExtraError("pydensecrf2", "crf", "dense-CRF refinement") from error
+    return densecrf
+
+
 def refine(evidence: npt.NDArray[Any], image: U8, parameters: CRFParameters | None = None, *,
            n_classes: int | None = None) -> npt.NDArray[np.int16]:
     """Refine class probabilities or labels.
@@ -100,11 +115,7 @@ def refine(evidence: npt.NDArray[Any], image: U8, parameters: CRFParameters | No
     if image.dtype != np.uint8 or image.shape not in ((rows, cols), (rows, cols, 3)):
         raise ImageError(f"the CRF got an image of {image.dtype} and shape {image.shape}, expected uint8 of shape "
                          f"{(rows, cols)} or {(rows, cols, 3)}; apply the intensity window first")
-    try:
-        from pydensecrf import densecrf
-    except ImportError as error:
-        raise MissingExtraError("pydensecrf2", "crf", "dense-CRF refinement") from error
-
+    densecrf = import_densecrf()
     crf = densecrf.DenseCRF2D(cols, rows, len(unary))
     crf.setUnaryEnergy(unary)
     if parameters.gaussian_weight:

@@ -118,11 +118,15 @@ def image_channels(images: Sequence[npt.NDArray[np.generic]]) -> int:
     Raises
     ------
     ImageError
-        An array of another shape, or without pixels.
+        An array of another shape or type, without pixels, or with NaN or infinite ones.
     """
     for image in images:
         if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
             raise ImageError(f"an image has shape {image.shape}, expected (rows, cols) or (rows, cols, 3)")
+        if image.dtype.kind not in "uif":
+            raise ImageError(f"an image has pixels of type {image.dtype}, expected integers or real numbers; convert it")
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise ImageError("an image has NaN or infinite pixels; replace them by real values")
     return 3 if any(image.ndim == 3 for image in images) else 1
 
 
@@ -135,6 +139,8 @@ class PixelFeatures:
         Which features.
     source
         An open source; needed, and allowed, only with deep features.
+    threads
+        For the classical features; None: one for each core.
 
     Raises
     ------
@@ -142,11 +148,12 @@ class PixelFeatures:
         Deep features without a source, or the other way round; a transform set or overlap that does not fit the tile.
     """
 
-    def __init__(self, settings: FeatureSettings, source: FeatureSource | None) -> None:
+    def __init__(self, settings: FeatureSettings, source: FeatureSource | None, threads: int | None = None) -> None:
         if (settings.deep is None) != (source is None):
             raise UsageError("deep features need a bundle, and a bundle is of use only with deep features")
         self.settings = settings
         self._source = source
+        self._threads = threads
         self._transforms = TransformSet.parse("none", 1)
         if source is not None and settings.deep is not None:
             self._transforms = TransformSet.parse(settings.deep.transforms, source.spec.stride_px)
@@ -207,7 +214,7 @@ class PixelFeatures:
         assert bank is not None
         top, bottom = max(start - bank.halo_px, 0), min(end + bank.halo_px, planes.shape[1])
         for i, plane in enumerate(planes):
-            features = bank.compute(plane[top:bottom])
+            features = bank.compute(plane[top:bottom], threads=self._threads)
             out[i * bank.channels : (i + 1) * bank.channels] = features[:, start - top : end - top]
 
     def _deep_bands(

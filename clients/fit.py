@@ -13,7 +13,7 @@ from phaseline.clients.classify import create_classifier
 from phaseline.clients.features import DeepFeatures, FeatureSettings, PixelFeatures, image_channels
 from phaseline.clients.labels import ClassTable
 from phaseline.clients.recipe import BundleReference, Recipe, installed_versions
-from phaseline.clients.window import IntensityWindow, to_channels
+from phaseline.clients.window import IntensityWindow, to_channels, without_equal_channels
 from phaseline.runtime.contract import F32, FeatureSource
 from phaseline.runtime.errors import LabelError, UsageError
 
@@ -59,8 +59,10 @@ def fit(
         Recorded in the recipe.
     bundle_path
         Where the source's bundle lies; recorded in the recipe.
-    seed, threads, device
-        For the classifier.
+    seed
+        Of the classifier.
+    threads, device
+        For the classical features and the classifier.
     progress
         Called with one line before each step.
 
@@ -76,15 +78,20 @@ def fit(
     say = progress or (lambda _: None)
     if len(images) != len(labels) or not images:
         raise LabelError(f"{len(images)} images and {len(labels)} label images came; expected one label image an image")
+    images = [without_equal_channels(image) for image in images]
     for image, label in zip(images, labels, strict=True):
+        if label.dtype.kind not in "ui":
+            raise LabelError(f"labels are {label.dtype}, expected integers; 0 is unlabelled")
         if image.shape[:2] != label.shape:
             raise LabelError(f"labels have shape {label.shape}, but their image is {image.shape[:2]}; expected equal shapes")
     if deep is not None and source is None:
         raise UsageError("settings for deep features came without a source; open a bundle, or leave them out")
     if source is not None and deep is None:
         deep = DeepFeatures.for_bundle(source.spec)
+    # Before any feature is computed: an unknown or missing classifier is known now.
+    trained = create_classifier(classifier, seed=seed, threads=threads, device=device)
     settings = FeatureSettings(image_channels(images), classical, deep)
-    pixels = PixelFeatures(settings, source)
+    pixels = PixelFeatures(settings, source, threads)
     classes = ClassTable.from_labels(labels, names=class_names)
     intensities = IntensityWindow.fit(images, window)
 
@@ -101,7 +108,6 @@ def fit(
             indices.append(index[rows][labelled].astype(np.int64))
     target = np.concatenate(indices)
     say(f"{classifier} on {len(target)} pixels × {len(pixels.names)} features")
-    trained = create_classifier(classifier, seed=seed, threads=threads, device=device)
     trained.fit(np.concatenate(gathered), target, len(classes.values))
     counts = np.bincount(target, minlength=len(classes.values))
     return Recipe(

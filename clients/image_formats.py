@@ -1,17 +1,19 @@
 """What 2-D image files hold, as numbers: the decoders behind `phaseline.clients.images`.
 
-A file is recognised by its content, not by its name. Pillow decodes PNG, JPEG and BMP, tifffile TIFF; OpenCV the PNGs
-whose depth Pillow would reduce, and the TIFF compressions that tifffile does not bring.
+A file is recognised by its content, not by its name. Pillow decodes PNG, JPEG and BMP, tifffile (with imagecodecs) TIFF,
+OpenCV the PNGs whose depth Pillow would reduce.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import logging
 import lzma
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -105,11 +107,6 @@ def read_stored(path: Path) -> StoredImage:
     return _checked(path, stored)
 
 
-def is_grey(pixels: Pixels) -> bool:
-    """Whether an array of shape (rows, cols, 3) has three equal channels; False for (rows, cols)."""
-    return pixels.ndim == 3 and all(np.array_equal(pixels[..., 0], pixels[..., i]) for i in (1, 2))
-
-
 def _read_with_pillow(path: Path, file: io.BufferedReader, found: FileFormat, head: bytes) -> StoredImage:
     # The plugin's class instead of Image.open, whose limit on size is a global of Pillow, too low for stitched
     # micrographs.
@@ -125,7 +122,8 @@ def _read_with_pillow(path: Path, file: io.BufferedReader, found: FileFormat, he
     if bits == 16 and colour_type != 0:
         return _split_alpha(_decode_with_opencv(path), "PNG")
     image.load()
-    pixels = np.array(image)
+    # Cameras store how they were held, and labels are painted on what a viewer shows.
+    pixels = np.array(ImageOps.exif_transpose(image) if found == "JPEG" else image)
     match image.mode:
         case "P":
             return StoredImage(pixels, found, palette=_palette(image))
@@ -162,10 +160,10 @@ def _split_alpha(pixels: Pixels, found: FileFormat) -> StoredImage:
 
 
 def _read_tiff(path: Path) -> StoredImage:
-    with tifffile.TiffFile(path) as tiff:
+    with _quiet_tifffile(), tifffile.TiffFile(path) as tiff:
         page = _only_page(path, tiff)
         _require_complete(path, page)
-        pixels = _tiff_pixels(path, page)
+        pixels = np.asarray(page.asarray(maxworkers=1))
         colormap = page.colormap
     samples = page.samplesperpixel
     if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and samples > 1:
@@ -179,8 +177,22 @@ def _read_tiff(path: Path) -> StoredImage:
                                inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE)
 
 
+@contextlib.contextmanager
+def _quiet_tifffile() -> Iterator[None]:
+    """Keep tifffile from logging what it finds wrong in a damaged file, which is said in one error."""
+    logger = logging.getLogger("tifffile")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _only_page(path: Path, tiff: tifffile.TiffFile) -> Any:
     series = [s for s in tiff.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)]
+    if not series:
+        raise ImageError(f"{path} holds no readable image, it is damaged or truncated; export it again")
     if len(series) != 1:
         raise ImageError(f"{path} holds {len(series)} images of different kinds, expected one 2-D image; save it alone")
     page = series[0].keyframe
@@ -204,20 +216,6 @@ def _require_complete(path: Path, page: Any) -> None:
     if not ends or max(ends) > size_bytes:
         raise ImageError(f"{path} is truncated: it has {size_bytes} bytes, expected {max(ends, default='more')}; "
                          "export it again")
-
-
-def _tiff_pixels(path: Path, page: Any) -> Pixels:
-    try:
-        tifffile.TIFF.DECOMPRESSORS[page.compression]
-    except KeyError as error:
-        # tifffile takes LZW, JPEG and others from imagecodecs, a large package; OpenCV's libtiff knows the usual ones.
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-        fits = pixels is not None and pixels.dtype == page.dtype and pixels.size == page.size
-        if not fits or page.samplesperpixel not in (1, 3):
-            raise ImageError(f"{path} is compressed with {page.compression.name}, which needs the package imagecodecs; "
-                             "install it, or save the image without compression") from error
-        return np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels
-    return np.asarray(page.asarray(maxworkers=1))
 
 
 def _read_npy(path: Path) -> Pixels:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from phaseline.clients.image_formats import Pixels, is_grey, read_stored
+from phaseline.clients.image_formats import Pixels, read_stored
+from phaseline.clients.window import without_equal_channels
 from phaseline.runtime.errors import ImageError, MissingInputError, OutputError, OutputExistsError, UsageError
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".npy")
@@ -53,8 +55,7 @@ def read_image(path: Path) -> Pixels:
         pixels = (pixels.astype(np.uint16) * 255 // stored.white).astype(np.uint8)
     if stored.inverted:
         pixels = ~pixels if pixels.dtype.kind in "iu" else -pixels
-    if is_grey(pixels):
-        pixels = pixels[..., 0]
+    pixels = without_equal_channels(pixels)
     if pixels.dtype.kind == "f":
         _require_finite(path, pixels)
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize == 8:
@@ -196,6 +197,9 @@ def _replace(path: Path, array: npt.NDArray[Any]) -> None:
         with part.open("xb") as file:
             try:
                 _encode(file, path.suffix.lower(), np.ascontiguousarray(array))
+                # The name must not appear before the content is on the disk.
+                file.flush()
+                os.fsync(file.fileno())
                 file.close()
                 part.replace(path)
             except BaseException:

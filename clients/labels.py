@@ -16,8 +16,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from phaseline.clients.image_formats import is_grey, read_stored
+from phaseline.clients.image_formats import read_stored
 from phaseline.clients.images import list_images
+from phaseline.clients.window import without_equal_channels
 from phaseline.runtime.errors import LabelError, UsageError
 
 I16 = npt.NDArray[np.int16]
@@ -165,7 +166,7 @@ def read_labels(path: Path, shape: tuple[int, int] | None = None) -> U16:
     ----------
     path
         PNG, TIFF, BMP or NPY file: grey, a palette (its indices are the values), or RGB with equal channels.
-        Transparent pixels are unlabelled.
+        Pixels of an alpha channel of 0 are unlabelled.
     shape
         (rows, cols) of the image that the labels belong to; None: not checked.
 
@@ -190,11 +191,10 @@ def read_labels(path: Path, shape: tuple[int, int] | None = None) -> U16:
                          "labels at the image's full size")
     if stored.transparent is not None:
         values = np.where(stored.transparent if values.ndim == 2 else stored.transparent[..., None], 0, values)
+    values = without_equal_channels(values)
     if values.ndim == 3:
-        if not is_grey(values):
-            raise LabelError(f"{path} has coloured labels, expected one grey value a class (0 = unlabelled); export "
-                             "it as grey or with a palette")
-        values = values[..., 0]
+        raise LabelError(f"{path} has coloured labels, expected one grey value a class (0 = unlabelled); export it as grey or "
+                         "with a palette")
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and np.array_equal(values, np.rint(values))):
         raise LabelError(f"{path} has fractional or NaN label values, expected integers; export it without "
                          "interpolation")
@@ -234,7 +234,11 @@ def pair_labels(image_paths: Sequence[Path], labels_path: Path) -> list[tuple[Pa
                              "label files with the images' names")
         return [(image_paths[0], labels_path)]
     by_stem = {file.stem: file for file in label_files}
-    strangers = by_stem.keys() - {image.stem for image in image_paths}
+    if len(image_paths) == 1 and image_paths[0].stem not in by_stem:
+        raise LabelError(f"{labels_path} has no labels for {image_paths[0].name}; expected a file {image_paths[0].stem}.png, "
+                         ".tif or .npy there")
+    # With one image of many, labels of the others are no mistake.
+    strangers = by_stem.keys() - {image.stem for image in image_paths} if len(image_paths) > 1 else set()
     if strangers:
         names = [file.name for file in label_files if file.stem in strangers]
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

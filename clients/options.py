@@ -13,7 +13,7 @@ from phaseline.runtime.contract import BundleSpec
 Bundle = Annotated[str, typer.Option("--bundle", help="'default', 'none' (classical features only), or a bundle's folder.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or tensorrt.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default one for each core.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, print the traceback.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]

@@ -103,7 +103,7 @@ class Recipe:
                 "files": {file.name: describe_file(file).sha256 for file in sorted(folder.iterdir())},
             }
             content["hash"] = _digest(content)
-            (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "auto") -> Recipe:
@@ -124,8 +124,6 @@ def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "
         It is damaged, or was written by a version of phaseline or scikit-learn that gives other numbers.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise MissingInputError(f"no recipe at {folder}: expected a folder written by `phaseline fit`")
     content = _read_manifest(folder)
     for name, expected in content["files"].items():
         file = folder / name
@@ -137,6 +135,7 @@ def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "
         raise RecipeError(f"{folder} was fitted on version {content['features_version']} of the features, but this phaseline "
                           f"computes version {FEATURES_VERSION}; fit again")
     try:
+        _check_versions(folder, content)
         classes = ClassTable(**{name: tuple(values) for name, values in content["classes"].items()})
         return Recipe(
             classes=classes,
@@ -151,7 +150,9 @@ def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "
             training=content["training"],
             versions=content["versions"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, PhaselineError):
+            raise
         raise RecipeError(f"{folder / MANIFEST} cannot be understood ({error!r}); fit again") from error
 
 
@@ -172,6 +173,8 @@ def installed_versions() -> dict[str, str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise MissingInputError(f"no recipe at {folder}: expected a folder written by `phaseline fit`")
     file = folder / MANIFEST
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -185,6 +188,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if _digest(content) != expected:
         raise RecipeError(f"{file} does not match its own hash: it was edited or damaged; fit again")
     return {**content, "hash": expected}
+
+
+def _check_versions(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse a classifier that the installed library may not read as it was written.
+
+    XGBoost reads models of older versions, scikit-learn only those of its own minor version.
+    """
+    package = "xgboost" if content["classifier"]["kind"] == "xgboost" else "scikit-learn"
+    written, here = content["versions"].get(package), installed_versions().get(package)
+    if written is None or here is None:
+        return
+    then, now = (tuple(int(part) for part in text.split(".")[:2]) for text in (written, here))
+    if then > now or (package == "scikit-learn" and then != now):
+        raise RecipeError(f"{folder} was fitted with {package} {written}, but {here} is installed; install {package}=={written}, "
+                          "or fit again")
 
 
 def _digest(content: dict[str, Any]) -> str:

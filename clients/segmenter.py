@@ -14,6 +14,7 @@ import numpy.typing as npt
 from phaseline.clients.crf import CRFParameters, refine
 from phaseline.clients.features import PixelFeatures, image_channels
 from phaseline.clients.recipe import Recipe, load_recipe
+from phaseline.clients.window import to_channels, without_equal_channels
 from phaseline.runtime.bundle import Bundle, open_bundle
 from phaseline.runtime.contract import F32, U8, FeatureSource
 from phaseline.runtime.engine import check_device
@@ -52,6 +53,8 @@ class Segmenter:
         From `fit` or `load_recipe`.
     source
         An open source of the recipe's bundle; None for a recipe of classical features only.
+    threads
+        For the classical features; None: one for each core.
 
     Raises
     ------
@@ -59,7 +62,7 @@ class Segmenter:
         The source is of another bundle, is missing, or is not used by the recipe.
     """
 
-    def __init__(self, recipe: Recipe, source: FeatureSource | None = None) -> None:
+    def __init__(self, recipe: Recipe, source: FeatureSource | None = None, threads: int | None = None) -> None:
         if recipe.bundle is None and source is not None:
             raise RecipeError("the recipe uses classical features only, but a bundle was given; leave it out")
         if recipe.bundle is not None and source is None:
@@ -70,7 +73,7 @@ class Segmenter:
         self.recipe = recipe
         self.source = source
         self.engine_choice = getattr(source, "engine_choice", "none (classical features only)")
-        self._features = PixelFeatures(recipe.features, source)
+        self._features = PixelFeatures(recipe.features, source, threads)
         self._stack = contextlib.ExitStack()
         expected, names = recipe.classifier.n_features, self._features.names
         if expected != len(names):
@@ -104,7 +107,7 @@ class Segmenter:
         with contextlib.ExitStack() as stack:
             found = find_bundle(loaded, bundle)
             source = None if found is None else stack.enter_context(LocalSource(found, known, threads))
-            segmenter = cls(loaded, source)
+            segmenter = cls(loaded, source, threads)
             segmenter._stack = stack.pop_all()
         return segmenter
 
@@ -127,7 +130,8 @@ class Segmenter:
         Parameters
         ----------
         image
-            Array of any real dtype, shape (rows, cols) or (rows, cols, 3); RGB only if the recipe was fitted on RGB.
+            Array of any real dtype, shape (rows, cols) or (rows, cols, 3); RGB only if the recipe was fitted on RGB, and grey
+            then counts as RGB of equal channels.
         probabilities
             Whether to keep the classes' probabilities, 4 bytes a pixel and class.
         crf
@@ -142,11 +146,11 @@ class Segmenter:
             Another number of channels than the recipe's, no pixels, or pixels that are not finite.
         """
         channels = self.recipe.features.image_channels
-        if image_channels([image]) != channels:
-            expected = "grey images (rows, cols)" if channels == 1 else "RGB images (rows, cols, 3)"
-            raise ImageError(f"the image has shape {image.shape}, but the recipe was fitted on {expected}; convert it, "
-                             "or fit a recipe on such images")
-        seen = self.recipe.window.apply(image)
+        image = without_equal_channels(image)
+        if image_channels([image]) > channels:
+            raise ImageError(f"the image has shape {image.shape}, but the recipe was fitted on grey images (rows, cols); convert "
+                             "it to grey, or fit a recipe on such images")
+        seen = to_channels(self.recipe.window.apply(image), channels)
         shape, n_classes = image.shape[:2], len(self.recipe.classes.values)
         index, confidence = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
         kept = np.empty((n_classes, *shape), np.float32) if probabilities else None

@@ -38,15 +38,19 @@ class IntensityWindow:
     ----------
     low, high
         In the image's own units; finite, low < high.
+    kind
+        The type whose grey levels these are: an integer type's name, or ``float`` for all real types. None, for a window
+        given in numbers: any type.
 
     Raises
     ------
     UsageError
-        They are not.
+        Bounds that are no window.
     """
 
     low: float
     high: float
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         span = (float(self.high) - float(self.low)) * 255.0
@@ -69,8 +73,11 @@ class IntensityWindow:
         Raises
         ------
         ImageError
-            A pixel is NaN.
+            A pixel is NaN or infinite, or the image is of another type than the window's: its grey levels mean something else.
         """
+        if self.kind is not None and kind_of(image) != self.kind:
+            raise ImageError(f"the image is {kind_of(image)}, but the intensity window {self.low:g}:{self.high:g} was chosen on "
+                             f"{self.kind} images; convert the image, or fit with such images or with --window LOW:HIGH")
         if image.dtype == np.uint8 and (self.low, self.high) == (0, 255):
             return image
         out = np.empty(image.shape, np.uint8)
@@ -87,9 +94,9 @@ class IntensityWindow:
 
     def _levels(self, values: Pixels) -> U8:
         # Multiplied before it is divided: exact for integers, so that halves are seen as halves.
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ImageError("the image has NaN or infinite pixels, expected real numbers; replace them by real values")
         levels = (np.clip(values.astype(np.float64), self.low, self.high) - self.low) * 255.0 / (self.high - self.low)
-        if np.isnan(levels).any():
-            raise ImageError("the image has NaN pixels, expected real numbers; replace them by real values")
         rounded: U8 = np.rint(levels).astype(np.uint8)
         return rounded
 
@@ -122,7 +129,7 @@ class IntensityWindow:
             raise UsageError(f"the intensity window is {mode!r}, expected {_MODES}; give one of these")
         if not images:
             raise UsageError("no image came to choose the intensity window from; give at least one")
-        kinds = {"float" if image.dtype.kind == "f" else image.dtype.name for image in images}
+        kinds = {kind_of(image) for image in images}
         if len(kinds) > 1:
             raise ImageError(f"images have the types {', '.join(sorted(kinds))}, expected one type for one window; "
                              f"convert them, or {_REMEDY}")
@@ -140,7 +147,19 @@ class IntensityWindow:
         if not low < high:
             raise ImageError(f"the intensity window {mode!r} of these images is {low:g} to {high:g}: they are "
                              f"constant, or nearly so; expected contrast; give other images, or {_REMEDY}")
-        return cls(low, high)
+        return cls(low, high, kinds.pop())
+
+
+def kind_of(image: Pixels) -> str:
+    """Name of an image's integer type, or ``float`` for all real types."""
+    return "float" if image.dtype.kind == "f" else image.dtype.name
+
+
+def without_equal_channels(image: Pixels) -> Pixels:
+    """Grey that was saved as RGB as grey: an array (rows, cols, 3) of three equal channels as (rows, cols)."""
+    if image.ndim == 3 and image.shape[2] == 3 and all(np.array_equal(image[..., 0], image[..., i]) for i in (1, 2)):
+        return np.ascontiguousarray(image[..., 0])
+    return image
 
 
 def to_grey(image: U8) -> U8:

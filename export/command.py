@@ -8,16 +8,16 @@ from typing import Annotated, cast
 import typer
 
 from phaseline.runtime.contract import Facet, Precision
-from phaseline.runtime.errors import UsageError
+from phaseline.runtime.errors import MissingExtraError, UsageError
 
 ENGINES = ("onnx", "tensorrt")
 
 
 def export_command(
-    backbone: Annotated[str, typer.Argument(
+    backbone: Annotated[str, typer.Argument(metavar="BACKBONE",
         help="A ViT of timm, e.g. vit_small_patch14_dinov2, or sizes WIDTH-DEPTH-HEADS-PATCH, e.g. vit-192-8-3-p14.")],
     *,
-    out: Annotated[Path, typer.Option(help="Folder to write the bundle to.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the bundle to.")],
     weights: Annotated[str, typer.Option(
         help="'hub' (timm's download), 'random:SEED' (untrained), or a safetensors or .pth file with timm's or Meta's "
              "names.")] = "hub",
@@ -44,8 +44,11 @@ def export_command(
     """Export a Vision Transformer to a bundle, and verify it against torch."""
     del debug
     # torch and timm take seconds to import; --help must not.
-    from phaseline.export import trt_plan
-    from phaseline.export.bundle_writer import ExportOptions, write_bundle
+    try:
+        from phaseline.export import trt_plan
+        from phaseline.export.bundle_writer import ExportOptions, write_bundle
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), "export", "exporting a backbone") from error
 
     def say(line: str) -> None:
         if not quiet:

@@ -102,7 +102,7 @@ def require_tensorrt(precision: Precision) -> Any:
         import tensorrt
     except (ImportError, OSError) as error:
         raise EngineUnavailableError(
-            f"TensorRT is not usable here ({error}); install it with pip install 'phaseline[tensorrt]' on a "
+            f"TensorRT is not usable here ({error}); install it with pip install '.[tensorrt]' on a "
             "machine with an NVIDIA GPU, or export with --engine onnx") from error
     import torch
 

@@ -47,7 +47,7 @@ def open_engine(
         case "cpu" | "cuda" | "tensorrt":
             return stack.enter_context(_engine(bundle, device, threads)), f"{PROVIDER_NAMES[device]} (asked for)"
         case "auto":
-            reason = "not in this ONNX Runtime"
+            reason = "no GPU runtime installed"
             if PROVIDER_NAMES["cuda"] in import_onnxruntime().get_available_providers():
                 try:
                     return stack.enter_context(_engine(bundle, "cuda", threads)), f"{PROVIDER_NAMES['cuda']} (auto)"

@@ -15,6 +15,7 @@
     │   ├── WeightsError                     weights that do not fit the backbone
     │   └── ParityError                      the written graph deviates from torch
     ├── OutputError (OSError)                an output that cannot be written
+    ├── StoppedError                         the user stopped a run that can go on; the command line exits with 130
     └── MissingExtraError (ImportError)      an optional dependency that is not installed
 
 A message says what was received, what was expected and what to do, in one line.
@@ -83,9 +84,13 @@ class OutputError(PhaselineError, OSError):
     """An output that cannot be written."""
 
 
+class StoppedError(PhaselineError):
+    """The user stopped a run; what is finished is whole, and the message says how to go on."""
+
+
 class MissingExtraError(PhaselineError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{package} is not installed, which {purpose} needs; install it with: "
-                         f"pip install 'phaseline[{extra}]'")
+                         f"pip install '.[{extra}]' (in phaseline's checkout)")

@@ -68,7 +68,7 @@ class OrtEngine:
         name = PROVIDER_NAMES[self.provider]
         if name not in ort.get_available_providers():
             raise EngineUnavailableError(f"{name} was asked for, and ONNX Runtime {ort.__version__} here has "
-                                         f"{', '.join(ort.get_available_providers())}; install 'phaseline[gpu]', "
+                                         f"{', '.join(ort.get_available_providers())}; pip install '.[gpu]', "
                                          "or use --device cpu")
         options = ort.SessionOptions()
         options.log_severity_level = 3

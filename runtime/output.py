@@ -28,13 +28,25 @@ def check_folder(path: Path, overwrite: bool, manifest: str) -> None:
     ------
     OutputExistsError
         It exists and may not be replaced.
+    OutputError
+        Its parent cannot be made or written.
     """
     if not os.path.lexists(path):
+        _scratch(path).rmdir()
         return
     if not overwrite:
         raise OutputExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
     if not (path / manifest).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise OutputExistsError(f"{path} exists and holds no {manifest}, so it is not replaced; choose another name")
+
+
+def _scratch(path: Path) -> Path:
+    """A new hidden folder beside `path`, on the same file system."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}); choose a folder that can") from error
 
 
 @contextlib.contextmanager
@@ -53,18 +65,20 @@ def new_folder(path: Path, overwrite: bool, manifest: str) -> Iterator[Path]:
         The folder cannot be written.
     """
     check_folder(path, overwrite, manifest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); choose a folder that can") from error
+    scratch = _scratch(path)
     try:
         fresh = scratch / "new"
         fresh.mkdir()
         yield fresh
+        old = scratch / "old"
         if path.exists():
-            path.rename(scratch / "old")
-        fresh.rename(path)
+            path.rename(old)
+        try:
+            fresh.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:

@@ -344,7 +344,13 @@ def test_input_is_never_overwritten(workplace: Path, tmp_path: Path, capsys: pyt
     images = Path(shutil.copytree(workplace / "images", tmp_path / "in"))
     command = ["segment", str(images), "--out", str(images), "--recipe", str(workplace / "classical"), "--overwrite", "--quiet"]
     assert run(command) == 2
-    assert "would replace the input" in one_line(capsys)
+    assert "is the images' own" in one_line(capsys)
+    image = images / "a.png"
+    for command in (["segment", str(image), "--out", str(image), "--recipe", str(workplace / "classical")],
+                    ["features", str(image), "--out", str(image.with_suffix(".npy"))]):
+        assert run([*command, "--overwrite", "--quiet"]) == 2
+        assert "would replace the input" in one_line(capsys)
+    assert np.array_equal(read(image), read(workplace / "images" / "a.png"))
 
 
 def test_recipe_of_another_bundle(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

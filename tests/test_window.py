@@ -82,6 +82,8 @@ def test_impossible_windows(low: float, high: float) -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(ImageError, match="NaN"):
         IntensityWindow(0, 1).apply(np.array([[0.5, np.nan]]))
+    with pytest.raises(ImageError, match="infinite"):
+        IntensityWindow(0, 1).apply(np.array([[0.5, np.inf]]))
     with pytest.raises(ImageError, match="NaN"):
         IntensityWindow.fit([np.array([[0.5, np.nan]])], "full")
 
@@ -90,22 +92,32 @@ def test_fit_modes() -> None:
     rng = np.random.default_rng(0)
     eight, sixteen = rng.integers(0, 200, (30, 30), np.uint8), rng.integers(0, 5000, (30, 30), np.uint16)
     real = rng.normal(size=(30, 30)).astype(np.float32)
-    assert IntensityWindow.fit([eight]) == IntensityWindow(0, 255)
-    assert IntensityWindow.fit([sixteen], "full") == IntensityWindow(0, 65535)
-    assert IntensityWindow.fit([real], "full") == IntensityWindow(float(real.min()), float(real.max()))
+    assert IntensityWindow.fit([eight]) == IntensityWindow(0, 255, "uint8")
+    assert IntensityWindow.fit([sixteen], "full") == IntensityWindow(0, 65535, "uint16")
+    assert IntensityWindow.fit([real], "full") == IntensityWindow(float(real.min()), float(real.max()), "float")
     low, high = np.percentile(sixteen, (0.5, 99.5))
-    assert IntensityWindow.fit([sixteen]) == IntensityWindow(low, high)
+    assert IntensityWindow.fit([sixteen]) == IntensityWindow(low, high, "uint16")
     low, high = np.percentile(eight, (2, 90))
-    assert IntensityWindow.fit([eight], "percentile:2,90") == IntensityWindow(low, high)
+    assert IntensityWindow.fit([eight], "percentile:2,90") == IntensityWindow(low, high, "uint8")
     for mode, window in (("0:1000", (0, 1000)), ("-5.5:1e3", (-5.5, 1000)), (" 3 : 4 ", (3, 4))):
         assert IntensityWindow.fit([sixteen], mode) == IntensityWindow(*window)
-    assert IntensityWindow.fit([np.full((3, 3), 7, np.uint8)]) == IntensityWindow(0, 255)
+    assert IntensityWindow.fit([np.full((3, 3), 7, np.uint8)]) == IntensityWindow(0, 255, "uint8")
 
 
 def test_one_window_for_all_images() -> None:
     dark, bright = np.zeros((10, 10), np.uint16), np.full((10, 10), 1000, np.uint16)
-    assert IntensityWindow.fit([dark, bright], "percentile:0,100") == IntensityWindow(0, 1000)
-    assert IntensityWindow.fit([dark + 0.5, bright + 0.25], "full") == IntensityWindow(0.5, 1000.25)
+    assert IntensityWindow.fit([dark, bright], "percentile:0,100") == IntensityWindow(0, 1000, "uint16")
+    assert IntensityWindow.fit([dark + 0.5, bright + 0.25], "full") == IntensityWindow(0.5, 1000.25, "float")
+
+
+def test_another_type_than_the_windows_is_refused() -> None:
+    sixteen = np.arange(100, dtype=np.uint16).reshape(10, 10) * 300
+    window = IntensityWindow.fit([sixteen])
+    assert window.apply(sixteen).max() == 255
+    for other in (sixteen.astype(np.uint8), sixteen.astype(np.float32), sixteen.astype(np.int16)):
+        with pytest.raises(ImageError, match="was chosen on uint16 images"):
+            window.apply(other)
+    assert IntensityWindow.fit([sixteen], "0:255").apply(sixteen.astype(np.uint8)).dtype == np.uint8
 
 
 @pytest.mark.parametrize("mode", ["", "brightest", "1", "a:b", "percentile:5", "percentile:90,10", "percentile:0,101", "9:1",

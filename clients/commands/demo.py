@@ -16,10 +16,12 @@ from phaseline.clients.features import DeepFeatures, FeatureSettings, PixelFeatu
 from phaseline.clients.fit import fit
 from phaseline.clients.images import check_output, write_labels, write_rgb
 from phaseline.clients.pictures import overlay, pca_picture, side_by_side
+from phaseline.clients.recipe import MANIFEST
 from phaseline.clients.segmenter import Segmentation, Segmenter
 from phaseline.clients.window import to_channels
 from phaseline.runtime.bundle import open_bundle
 from phaseline.runtime.engine import check_device
+from phaseline.runtime.output import check_folder
 from phaseline.runtime.source import LocalSource
 
 
@@ -38,7 +40,9 @@ def demo_command(
     known_device = check_device(device)
     found = examples()
     for example in found:
-        check_output(out / f"{example.name}.png", overwrite)
+        for ending in ("", "_confidence", "_overlay"):
+            check_output(out / f"{example.name}{ending}.png", overwrite)
+        check_folder(out / f"{example.name}_recipe", overwrite, MANIFEST)
     with LocalSource(open_bundle("default"), known_device, threads) as source:
         screen.warn_untrained(source.spec)
         screen.say(f"engine: {source.engine_choice}")
@@ -63,8 +67,8 @@ def demo_command(
                 print(f"{example.name}: {shares} ({100 * np.mean(example.labels > 0):.1f} % of the pixels labelled; fitted in "
                       f"{fitted - started:.1f} s, segmented in {segmented - fitted:.1f} s; mean confidence "
                       f"{result.confidence.mean() / 255:.2f})")
-    screen.say(f"written to {out}: labels NAME.png, NAME_confidence.png, NAME_overlay.png (strokes, labels, features), "
-               "NAME_recipe")
+    screen.say(f"look at {out}/NAME_overlay.png: strokes, labels, deep features. Also there: NAME.png, the labels (values 1, 2, "
+               "3: looks black), NAME_confidence.png, NAME_recipe")
 
 
 def _write(

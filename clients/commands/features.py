@@ -25,7 +25,7 @@ from phaseline.runtime.transforms import Boundary
 def features_command(
     image: Annotated[Path, typer.Argument(metavar="INPUT", help="An image.")],
     out: Annotated[Path, typer.Option("--out", help="An .npy file; the picture is put beside it as .png.")],
-    bundle: options.Bundle = "default",
+    bundle: Annotated[str, typer.Option("--bundle", help="'default', or a bundle's folder.")] = "default",
     transforms: options.Transforms = "none",
     alignment: options.Alignment = "centred",
     interpolation: options.Interpolation = "bilinear",
@@ -43,15 +43,19 @@ def features_command(
     picture = out.with_suffix(".png")
     if out.suffix != ".npy":
         raise UsageError(f"features go into an .npy file, but {out} was asked for; name it {out.with_suffix('.npy')}")
+    if image.resolve() in (out.resolve(), picture.resolve()):
+        raise UsageError(f"the output would replace the input {image}; choose another output")
     for path in (out, picture):
         check_output(path, overwrite)
     known_device = check_device(device)
+    sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
+    if image.is_dir():
+        raise UsageError(f"{image} is a folder, expected one image; give one of its files")
     pixels = read_image(image)
     seen = IntensityWindow.fit([pixels], window).apply(pixels)
     with LocalSource(open_bundle(bundle), known_device, threads) as source:
         screen.warn_untrained(source.spec)
         screen.say(f"engine: {source.engine_choice}")
-        sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
         settings = FeatureSettings(image_channels([pixels]), None, DeepFeatures.for_bundle(source.spec, transforms, sampling))
         features = np.empty((source.spec.channels, *pixels.shape[:2]), np.float16)
         for rows, band in PixelFeatures(settings, source).bands(seen):

@@ -27,8 +27,10 @@ from phaseline.runtime.transforms import Boundary
 
 
 def fit_command(
-    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
-    labels: Annotated[Path, typer.Option("--labels", help="A label image, or a folder with the images' stems. 0: unlabelled.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="An image, or a folder of images.")],
+    labels: Annotated[Path, typer.Option(
+        "--labels", help="A label image (grey or palette; 0: unlabelled, other values: classes), or a folder of them with the "
+                         "images' stems.")],
     out: Annotated[Path, typer.Option("--out", help="The recipe's folder.")],
     bundle: options.Bundle = "default",
     classical: Annotated[bool, typer.Option("--classical/--no-classical", help="Use the classical filter bank.")] = True,
@@ -41,7 +43,8 @@ def fit_command(
     classifier: Annotated[str, typer.Option(
         help="xgboost, random_forest, logistic_regression, linear or mlp.")] = "xgboost",
     window: Annotated[str, typer.Option(
-        help="Intensities that become 0 and 255: auto, full, LOW:HIGH, or percentile:LOW,HIGH.")] = "auto",
+        help="Intensities that become 0 and 255: auto (8 bits: all; others: the 0.5th and 99.5th percentile of the images), "
+             "full, LOW:HIGH, or percentile:LOW,HIGH.")] = "auto",
     class_names: Annotated[str | None, typer.Option(help="Names of the classes by ascending value, separated by commas.")] = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -57,12 +60,18 @@ def fit_command(
     check_folder(out, overwrite, MANIFEST)
     known_device = check_device(device)
     pairs = pair_labels(list_images(images), labels)
+    given = (transforms, alignment, interpolation, boundary, overlap)
+    if bundle == "none" and given != ("none", "centred", "bilinear", "reflect", None):
+        raise UsageError("--transforms, --alignment, --interpolation, --boundary and --overlap are for deep features, which "
+                         "--bundle none leaves out; drop them")
+    if not classical and sigma_factor != 1:
+        raise UsageError("--sigma-factor is for classical features, which --no-classical leaves out; drop it")
+    sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
     with contextlib.ExitStack() as stack:
         source, deep = None, None
         if bundle != "none":
             source = stack.enter_context(LocalSource(open_bundle(bundle), known_device, threads))
             screen.warn_untrained(source.spec)
-            sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
             deep = DeepFeatures.for_bundle(source.spec, transforms, sampling, overlap)
         elif not classical:
             raise UsageError("--bundle none with --no-classical leaves no features; drop one of the two")
@@ -89,4 +98,4 @@ def fit_command(
         )
     recipe.save(out, overwrite=overwrite)
     pixels = ", ".join(f"{name} {n}" for name, n in zip(recipe.classes.names, recipe.training["pixels"].values(), strict=True))
-    screen.say(f"{out}: {len(pairs)} images, labelled pixels: {pixels}; {time.perf_counter() - started:.1f} s")
+    screen.say(f"{out}: {len(pairs)} image(s), labelled pixels: {pixels}; {time.perf_counter() - started:.1f} s")

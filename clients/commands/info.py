@@ -35,7 +35,7 @@ def info_command(
     else:
         raise MissingInputError(f"nothing at {artefact}; expected the folder of a bundle or a recipe, or 'default'")
     for name, text in lines:
-        console.print(f"{name:<16}{text}", markup=False)
+        console.print(f"{name:<24} {text}", markup=False)
 
 
 def _installation() -> list[tuple[str, str]]:
@@ -45,7 +45,7 @@ def _installation() -> list[tuple[str, str]]:
     except MissingExtraError as error:
         lines.append(("engines", str(error)))
     else:
-        lines += [(f"engine {name}", "available" if provider in available else "not in this ONNX Runtime")
+        lines += [(f"engine {name}", "available" if provider in available else "not installed")
                   for name, provider in PROVIDER_NAMES.items()]
     return lines
 

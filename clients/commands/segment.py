@@ -11,11 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from phaseline.clients import options
 from phaseline.clients.batch import pending, plan, report_path, segment_files
-from phaseline.clients.crf import CRFParameters
+from phaseline.clients.crf import CRFParameters, import_densecrf
 from phaseline.clients.images import list_images
 from phaseline.clients.recipe import recipe_hash
 from phaseline.clients.segmenter import Segmenter
-from phaseline.runtime.errors import PhaselineError, UsageError
+from phaseline.runtime.errors import ImageError, PhaselineError, StoppedError, UsageError
 
 
 def segment_command(
@@ -38,6 +38,8 @@ def segment_command(
     screen = options.Screen(quiet)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite came together; --resume keeps what is done, --overwrite does it again")
+    if crf:
+        import_densecrf()
     folder = images.is_dir()
     jobs = plan(list_images(images), out, folder=folder, confidence=confidence, probabilities=probabilities)
     report = report_path(out, folder=folder)
@@ -53,6 +55,7 @@ def segment_command(
         Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total:.0f}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=screen.console, transient=True,
+            disable=quiet or not screen.console.is_terminal,
         ) as bars,
     ):
         if segmenter.source is not None:
@@ -66,15 +69,23 @@ def segment_command(
             bars.update(bar, completed=ended)
             if "error" in line:
                 failed += 1
-                options.fail(f"{line['image']}: {line['error']}")
+                if folder:
+                    options.fail(f"{line['image']}: {line['error']}")
             elif len(todo) == 1:
                 shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in
                                    zip(segmenter.recipe.classes.names, line["fractions"].values(), strict=True))
-                screen.say(f"{out}: {shares}; {line['seconds']:.1f} s")
+                screen.say(f"{line['image']}: {shares}; {line['seconds']:.1f} s")
 
-        segment_files(segmenter, todo, report, header, append=resume, crf=CRFParameters() if crf else None,
-                      on_image=on_image, progress=lambda part: bars.update(bar, completed=ended + part))
+        try:
+            results = segment_files(segmenter, todo, report, header, append=resume, crf=CRFParameters() if crf else None,
+                          on_image=on_image, progress=lambda part: bars.update(bar, completed=ended + part))
+        except KeyboardInterrupt:
+            raise StoppedError(f"interrupted: {ended} of {len(todo)} images done, each whole; go on with --resume") from None
+    if failed and not folder:
+        report.unlink()
+        raise ImageError(results[0]["error"])
     if failed:
-        raise PhaselineError(f"{failed} of {len(todo)} images failed, the others are written to {out}; see {report}")
+        rest = f", the others are written to {out}" if failed < len(todo) else ""
+        raise PhaselineError(f"{failed} of {len(todo)} images failed{rest}; see {report}")
     if folder:
         screen.say(f"{out}: {len(todo)} images in {time.perf_counter() - started:.1f} s")
