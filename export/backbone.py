@@ -1,7 +1,8 @@
 """The backbone to export: any ViT that timm has, or a compact one given by its sizes.
 
     vit_small_patch14_dinov2    timm's name
-    vit-192-8-3-p14             width 192, 8 blocks, 3 heads, patches of 14 px; built like DINOv2 without registers
+    vit-192-8-3-p14             width 192, 8 blocks, 3 heads, patches of 14 px; like DINOv2 without registers, and with
+                                tokens centred on their mean (`TokenCentring`)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import timm
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from phaseline.runtime.errors import ExportError, UsageError
 
@@ -24,6 +26,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _COMPACT = re.compile(r"vit-(\d+)-(\d+)-(\d+)-p(\d+)")
 # DINOv2's native grid; position embeddings of a compact ViT are drawn on it.
 _COMPACT_GRID = 37
+
+
+class TokenCentring(nn.Module):
+    """Subtracts the mean patch token of a tile, in compact ViTs, before their blocks.
+
+    Features then say how a patch differs from its surroundings, whatever the image's brightness. A trained ViT finds such
+    context by attention; random blocks do not, and without this their features add nothing to the classical ones
+    (`benchmarks/results/ni.md`).
+
+    Parameters
+    ----------
+    prefix
+        Tokens before the patch tokens, which stay as they are.
+    """
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Centre tokens of shape (n, prefix + patches, D)."""
+        patches = tokens[:, self.prefix:]
+        return torch.cat([tokens[:, :self.prefix], patches - patches.mean(dim=1, keepdim=True)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -125,5 +150,7 @@ def _compact_vit(name: str, dim: int, depth: int, heads: int, patch: int) -> Vis
     if min(dim, depth, heads, patch) < 1 or dim % heads:
         raise UsageError(f"{name}: {dim} channels cannot be divided among {heads} heads; expected positive sizes with "
                          "DIM a multiple of HEADS, e.g. vit-192-8-3-p14")
-    return VisionTransformer(img_size=_COMPACT_GRID * patch, patch_size=patch, embed_dim=dim, depth=depth,
-                             num_heads=heads, num_classes=0, init_values=1e-5)
+    vit = VisionTransformer(img_size=_COMPACT_GRID * patch, patch_size=patch, embed_dim=dim, depth=depth,
+                            num_heads=heads, num_classes=0, init_values=1e-5)
+    vit.norm_pre = TokenCentring(vit.num_prefix_tokens)
+    return vit
