@@ -150,7 +150,8 @@ def _compact_vit(name: str, dim: int, depth: int, heads: int, patch: int) -> Vis
     if min(dim, depth, heads, patch) < 1 or dim % heads:
         raise UsageError(f"{name}: {dim} channels cannot be divided among {heads} heads; expected positive sizes with "
                          "DIM a multiple of HEADS, e.g. vit-192-8-3-p14")
+    # No final norm: it would blow up the noise of featureless regions to the size of structure.
     vit = VisionTransformer(img_size=_COMPACT_GRID * patch, patch_size=patch, embed_dim=dim, depth=depth,
-                            num_heads=heads, num_classes=0, init_values=1e-5)
+                            num_heads=heads, num_classes=0, init_values=1e-5, final_norm=False)
     vit.norm_pre = TokenCentring(vit.num_prefix_tokens)
     return vit
