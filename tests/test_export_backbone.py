@@ -17,6 +17,7 @@ from phaseline.export.backbone import Backbone, create_backbone, randomise
 from phaseline.export.projection import Covariance, fit_projection
 from phaseline.export.strided import StridedViT, fold_normalisation
 from phaseline.export.weights import load_backbone, load_state, read_state
+from phaseline.runtime.compare import deviation
 from phaseline.runtime.errors import ExportError, MissingInputError, UsageError, WeightsError
 
 TINY = "vit-64-3-2-p14"
@@ -319,3 +320,15 @@ def test_projection_needs_enough_varying_tokens() -> None:
     flat.add(np.ones((100, 8), np.float32))
     with pytest.raises(ExportError, match="same features everywhere"):
         flat.principal(4)
+
+
+def test_compact_features_do_not_change_with_brightness() -> None:
+    backbone = create_backbone(TINY)
+    randomise(backbone, 0)
+    module = StridedViT(backbone, stride_px=7, tile_px=56, in_channels=1).eval()
+    tile = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (1, 1, 56, 56), dtype=np.uint8))
+    with torch.inference_mode():
+        dark, bright = module.float_maps(tile)[0], module.float_maps(tile + 50)[0]
+        harder = module.float_maps((tile.float() * 0.5).to(torch.uint8))[0]
+    assert deviation(bright.numpy(), dark.numpy()).max_rel < 1e-4
+    assert deviation(harder.numpy(), dark.numpy()).max_rel > 1e-2
