@@ -20,3 +20,13 @@ environment() {
     fi
     PATH=$root/.venv/bin:$PATH
 }
+
+# The extras that tests and lint need. The extra crf compiles C++: without a compiler its tests skip, and say so.
+test_extras() {
+    if command -v c++ >/dev/null; then
+        echo cpu,export,sklearn,test,crf
+    else
+        echo "no C++ compiler: the tests of the extra crf will be skipped" >&2
+        echo cpu,export,sklearn,test
+    fi
+}

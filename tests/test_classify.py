@@ -189,7 +189,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         return actual(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(MissingExtraError, match=r"phaseline\[sklearn\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[sklearn\]"):
         create_classifier("mlp")
     assert create_classifier("xgboost", device="cpu").device == "cpu"
 
