@@ -48,7 +48,9 @@ class TokenCentring(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Centre tokens of shape (n, prefix + patches, D)."""
         patches = tokens[:, self.prefix:]
-        return torch.cat([tokens[:, :self.prefix], patches - patches.mean(dim=1, keepdim=True)], dim=1)
+        # A product, since engines split the sum of a ReduceMean differently in batches of different sizes.
+        share = torch.full((1, 1, patches.shape[1]), 1 / patches.shape[1], dtype=tokens.dtype, device=tokens.device)
+        return torch.cat([tokens[:, :self.prefix], patches - share @ patches], dim=1)
 
 
 @dataclass(frozen=True)
