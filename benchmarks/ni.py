@@ -80,7 +80,7 @@ def main() -> None:
         rows.append({"features": name, **{f"draw {d}": f"{s:.3f}" for d, s in zip(arguments.draws, scores, strict=True)},
                      "mean mIoU": f"**{np.mean(scores):.3f}**"})
     emit(markdown("Ni: mIoU by features", rows, ["phaseline", "xgboost", "onnxruntime", "opencv-python-headless"], [
-        "The default bundle is untrained (random weights): what it adds is local texture.",
+        "The default bundle is untrained (random weights): what it adds is local texture, relative to the tile it is in.",
     ]), arguments.out)
 
 
