@@ -32,8 +32,8 @@ class TokenCentring(nn.Module):
     """Subtracts the mean patch token of a tile, in compact ViTs, before their blocks.
 
     Features then say how a patch differs from its surroundings, whatever the image's brightness. A trained ViT finds such
-    context by attention; random blocks do not, and without this their features add nothing to the classical ones
-    (`benchmarks/results/ni.md`).
+    context by attention; random blocks do not, and without this their features added nothing to the classical ones on the Ni
+    micrographs (export/README.md).
 
     Parameters
     ----------

@@ -173,6 +173,25 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(workplace: Path, tmp_path: 
             assert np.array_equal(read(out / f"{i}.png"), segmenter.segment(np.roll(picture, i, axis=1)).labels)
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(workplace: Path, tmp_path: Path, picture: U8, stop: signal.Signals) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    for i in range(30):
+        save(images / f"{i}.png", picture)
+    command = [sys.executable, "-m", "phaseline.clients", "segment", str(images), "--out", str(out), "--recipe",
+               str(workplace / "classical"), "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.png"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert len(said.splitlines()) == 1
+    assert "of 30 images done, each whole; go on with --resume" in said
+    assert len(list(out.glob("*.png"))) < 30
+
+
 def test_one_bad_image_does_not_stop_the_others(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
