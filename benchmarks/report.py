@@ -38,14 +38,19 @@ def markdown(title: str, rows: Sequence[Mapping[str, object]], packages: Sequenc
     notes
         Paragraphs below the table.
     """
-    columns = list(rows[0])
     command = shlex.join(["python", "-m", _module(), *sys.argv[1:]])
     lines = [f"# {title}", "", f"`{command}`, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}", "", machine_line(packages), "",
-             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
+             *table(rows)]
     for note in notes:
         lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Lines of a Markdown table; the first row's keys are the columns."""
+    columns = list(rows[0])
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+            *("| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows)]
 
 
 def emit(text: str, out: Path | None) -> None:

@@ -19,6 +19,8 @@ from phaseline.clients.commands.demo import demo_command
 from phaseline.clients.commands.features import features_command
 from phaseline.clients.commands.fit import fit_command
 from phaseline.clients.commands.info import info_command
+from phaseline.clients.commands.load import load_command
+from phaseline.clients.commands.publish import publish_command
 from phaseline.clients.commands.segment import segment_command
 from phaseline.clients.options import fail
 from phaseline.runtime.errors import PhaselineError, StoppedError, UsageError
@@ -45,7 +47,8 @@ def build_app() -> typer.Typer:
         del version
 
     for name, command in (("demo", demo_command), ("fit", fit_command), ("segment", segment_command),
-                          ("features", features_command), ("info", info_command)):
+                          ("features", features_command), ("info", info_command), ("publish", publish_command),
+                          ("load", load_command)):
         app.command(name)(command)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         app.command(entry.name)(entry.load())

@@ -21,10 +21,23 @@ import numpy.typing as npt
 from phaseline.clients.crf import CRFParameters
 from phaseline.clients.images import check_output, read_image, write_array, write_labels
 from phaseline.clients.labels import ClassTable
+from phaseline.clients.remote_segmenter import RemoteSegmenter
 from phaseline.clients.segmenter import Segmenter
-from phaseline.runtime.errors import OutputError, OutputExistsError, PhaselineError, UsageError
+from phaseline.runtime.errors import (
+    ArtefactError,
+    OutputError,
+    OutputExistsError,
+    PhaselineError,
+    ServerBusyError,
+    ServerTimeoutError,
+    ServerUnavailableError,
+    UnknownModelError,
+    UsageError,
+)
 
 REPORT = "report.jsonl"
+SERVERS_LOST = (ServerUnavailableError, ServerTimeoutError, ServerBusyError, UnknownModelError, ArtefactError)
+"""What servers say when the next image would fail alike; of `ArtefactError`, that they serve another recipe or bundle now."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ def pending(jobs: Sequence[Job], report: Path, header: dict[str, Any], *, overwr
 
 
 def segment_files(
-    segmenter: Segmenter,
+    segmenter: Segmenter | RemoteSegmenter,
     jobs: Sequence[Job],
     report: Path,
     header: dict[str, Any],
@@ -171,7 +184,9 @@ def segment_files(
     Raises
     ------
     OutputError
-        An output or the report cannot be written: that stops the run, since the next image would fail alike.
+        An output or the report cannot be written: that stops the run.
+    ServerError, ArtefactError
+        One of `SERVERS_LOST`: that stops the run too, and what is written stays.
     """
     results = []
     if not append:
@@ -205,7 +220,7 @@ def fractions(labels: npt.NDArray[np.unsignedinteger[Any]], classes: ClassTable)
 
 
 def _segment_one(
-    segmenter: Segmenter, job: Job, crf: CRFParameters | None, progress: Callable[[float], None] | None
+    segmenter: Segmenter | RemoteSegmenter, job: Job, crf: CRFParameters | None, progress: Callable[[float], None] | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
     line: dict[str, Any] = {"image": job.image.name, "engine": segmenter.engine_choice}
@@ -219,7 +234,7 @@ def _segment_one(
         if job.probabilities is not None and result.probabilities is not None:
             write_array(job.probabilities, result.probabilities)
         write_labels(job.labels, result.labels)
-    except OutputError:
+    except (OutputError, *SERVERS_LOST):
         raise
     except PhaselineError as error:
         # What an earlier run left there would pass for this one's.

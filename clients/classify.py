@@ -119,6 +119,9 @@ class XGBoostClassifier:
         self.device = choose_device(device)
         self.n_features = self.n_classes = 0
         settings = _XGBOOST_DEFAULTS | params
+        if settings.get("booster", "gbtree") != "gbtree":
+            raise UsageError(f"XGBoost's booster {settings['booster']!r} was asked for, expected gbtree: others are no trees, or "
+                             "must not predict side by side")
         self._rounds, self._balanced = int(settings.pop("trees")), bool(settings.pop("balanced"))
         self._params = {"tree_method": "hist", "objective": "multi:softprob", "seed": seed, "device": self.device,
                         "nthread": threads or available_cores(), **settings}

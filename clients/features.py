@@ -227,13 +227,16 @@ class PixelFeatures:
         rows, cols = self._axis(planes.shape[1]), self._axis(planes.shape[2])
         row_weights, col_weights = rows.weights(), cols.weights()
         total = np.zeros((spec.channels, rows.size_px, cols.length_px), np.float32)
+        needed = [
+            [j for j, col in enumerate(cols.starts)
+             if wanted is None or wanted[start : start + rows.size_px, col : col + cols.size_px].any()]
+            for start in rows.starts
+        ]
+        # One iterator for all of the image: a remote source then works ahead, beyond the end of a row.
+        averages = self._averages(planes, [(rows.starts[i], cols.starts[j]) for i, js in enumerate(needed) for j in js], source)
         for i, (start, end) in enumerate(itertools.pairwise((*rows.starts, rows.length_px))):
-            needed = [
-                j for j, col in enumerate(cols.starts)
-                if wanted is None or wanted[start : start + rows.size_px, col : col + cols.size_px].any()
-            ]
-            for j, features in self._tiles(planes, start, {j: cols.starts[j] for j in needed}, source):
-                weighted = features[:, : rows.size_px, : cols.size_px]
+            for j in needed[i]:
+                weighted = next(averages)[:, : rows.size_px, : cols.size_px]
                 weighted *= row_weights[i][:, None]
                 weighted *= col_weights[j]
                 total[:, :, cols.starts[j] : cols.starts[j] + cols.size_px] += weighted
@@ -242,24 +245,18 @@ class PixelFeatures:
             total[:, : total.shape[1] - done] = total[:, done:].copy()
             total[:, total.shape[1] - done :] = 0
 
-    def _tiles(
-        self, planes: U8, row: int, cols: dict[int, int], source: FeatureSource
-    ) -> Iterator[tuple[int, F32]]:
-        """Averaged pixel features, float32 of shape (k, T, T), of the tiles at a row."""
+    def _averages(self, planes: U8, starts: Sequence[tuple[int, int]], source: FeatureSource) -> Iterator[F32]:
+        """Averaged pixel features, float32 of shape (k, T, T), of the tiles that start at these pixels."""
         spec, deep = source.spec, self.settings.deep
         assert deep is not None
-        last = self._transforms.transforms[-1]
-        jobs = ((j, col, transform) for j, col in cols.items() for transform in self._transforms.transforms)
-        averages: dict[int, ViewAverage] = {}
-        while batch := list(itertools.islice(jobs, spec.max_batch)):
-            views = np.stack([
-                transform.apply(cut_tile(planes, row, col, spec.tile_px), deep.sampling.boundary)
-                for _, col, transform in batch
-            ])
-            for (j, _, transform), patch_features in zip(batch, source.patch_features(views), strict=True):
-                if j not in averages:
-                    averages[j] = ViewAverage((spec.tile_px, spec.tile_px), spec.channels, spec.patch_px, spec.stride_px,
-                                              deep.sampling)
-                averages[j].add(transform, patch_features)
-                if transform == last:
-                    yield j, averages.pop(j).mean()
+        views = (
+            transform.apply(tile, deep.sampling.boundary)
+            for tile in (cut_tile(planes, row, col, spec.tile_px) for row, col in starts)
+            for transform in self._transforms.transforms
+        )
+        patch_features = source.iter_patch_features(views)
+        for _ in starts:
+            average = ViewAverage((spec.tile_px, spec.tile_px), spec.channels, spec.patch_px, spec.stride_px, deep.sampling)
+            for transform in self._transforms.transforms:
+                average.add(transform, next(patch_features))
+            yield average.mean()

@@ -145,8 +145,8 @@ class ClassTable:
 
 
 def default_colours(n: int) -> tuple[str, ...]:
-    """n different colours, ``#rrggbb``: Okabe and Ito's seven (jfly.uni-koeln.de/color), then turns of the hue "
-      "circle."""
+    """n different colours, ``#rrggbb``: Okabe and Ito's seven (jfly.uni-koeln.de/color), then turns of the hue
+    circle."""
     colours = list(_COLOURS[:n])
     turn = 0
     while len(colours) < n:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
+from phaseline.clients.kserve import Tls, parse_servers
+from phaseline.clients.remote import Transport, TritonSource
 from phaseline.runtime.contract import BundleSpec
+from phaseline.runtime.errors import UsageError
 
 Bundle = Annotated[str, typer.Option("--bundle", help="'default', 'none' (classical features only), or a bundle's folder.")]
+OptionalBundle = Annotated[str | None, typer.Option(
+    "--bundle", help="'default' (if not given), 'none' (classical features only), or a bundle's folder.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or tensorrt.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default one for each core.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything random.")]
@@ -26,6 +32,40 @@ Transforms = Annotated[str, typer.Option(
 Alignment = Annotated[str, typer.Option("--alignment", help="Where tokens lie: centred, or paper (stretched).")]
 Interpolation = Annotated[str, typer.Option("--interpolation", help="From tokens to pixels: bilinear or nearest.")]
 Boundary = Annotated[str, typer.Option("--boundary", help="What a shift does at a tile's edge: reflect or wrap.")]
+
+Server = Annotated[str | None, typer.Option(
+    "--server", metavar="HOST:PORT[,…]", help="Phaseline servers that compute the deep features; several share the work.")]
+TransportChoice = Annotated[str, typer.Option(
+    "--transport", help="To servers: auto (shared memory on this host, if allowed), grpc, or shared-memory.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds for a server's tile (60) or image (120).")]
+TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="PEM: the authority that signed the server's certificate.")]
+TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="PEM: this client's certificate, for mutual TLS.")]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM: its key.")]
+
+
+def client_tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Tls | None:
+    """Certificates of a client; None, no encryption, if none came."""
+    return None if ca is None and certificate is None and key is None else Tls(ca, certificate, key)
+
+
+def remote_source(
+    servers: str | None, transport: str, timeout_s: float | None, tls: Tls | None, *, bundle_given: bool, device: str
+) -> TritonSource | None:
+    """A source at servers, not yet open; None if ``--server`` did not come.
+
+    Raises
+    ------
+    UsageError
+        Options that exclude each other, or an unknown transport.
+    """
+    if servers is None:
+        if transport != "auto" or timeout_s is not None or tls is not None:
+            raise UsageError("--transport, --timeout and --tls-… are for servers, but --server did not come; drop them")
+        return None
+    if bundle_given or device != "auto":
+        raise UsageError("--server came with --bundle or --device; servers have their own bundle and device, drop one of the two")
+    return TritonSource(parse_servers(servers), transport=cast(Transport, transport),
+                        timeout_s=60.0 if timeout_s is None else timeout_s, tls=tls)
 
 
 class Screen:

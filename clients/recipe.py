@@ -106,15 +106,36 @@ class Recipe:
             (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "auto") -> Recipe:
-    """Read a recipe's folder.
+@dataclass(frozen=True)
+class RecipeSettings:
+    """A saved recipe without its classifier: what it takes and gives, read without running a library on its content.
 
-    Parameters
+    Attributes
     ----------
-    path
-        The folder that `Recipe.save` wrote.
-    threads, device
-        For the classifier: threads on the CPU (None: one for each core), and ``auto``, ``cpu`` or ``cuda``.
+    hash
+        The recipe's name, 64 hexadecimal digits: over its settings and its classifier.
+    classes, window, features, bundle, training, versions
+        As `Recipe`.
+    classifier_kind, n_features
+        Which classifier, and how many features it takes.
+    files
+        Names of the classifier's files, with their SHA-256.
+    """
+
+    hash: str
+    classes: ClassTable
+    window: IntensityWindow
+    features: FeatureSettings
+    bundle: BundleReference | None
+    training: dict[str, Any]
+    versions: dict[str, str]
+    classifier_kind: str
+    n_features: int
+    files: dict[str, str]
+
+
+def read_settings(path: Path | str) -> RecipeSettings:
+    """Read `recipe.json`, and refuse one whose numbers this installation would not reproduce.
 
     Raises
     ------
@@ -125,35 +146,82 @@ def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "
     """
     folder = Path(path)
     content = _read_manifest(folder)
-    for name, expected in content["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise RecipeError(f"{file} is missing from the recipe; copy the recipe again, or fit again")
-        if describe_file(file).sha256 != expected:
-            raise RecipeError(f"{file} is damaged: its content does not match {MANIFEST}; copy the recipe again, or fit again")
     if content["features_version"] != FEATURES_VERSION:
         raise RecipeError(f"{folder} was fitted on version {content['features_version']} of the features, but this phaseline "
                           f"computes version {FEATURES_VERSION}; fit again")
     try:
         _check_versions(folder, content)
-        classes = ClassTable(**{name: tuple(values) for name, values in content["classes"].items()})
-        return Recipe(
-            classes=classes,
+        return RecipeSettings(
+            hash=content["hash"],
+            classes=ClassTable(**{name: tuple(values) for name, values in content["classes"].items()}),
             window=IntensityWindow(**content["window"]),
             features=FeatureSettings.from_dict(content["features"]),
-            classifier_kind=content["classifier"]["kind"],
-            classifier=load_classifier(
-                content["classifier"]["kind"], folder, n_features=content["classifier"]["n_features"],
-                n_classes=len(classes.values), threads=threads, device=device,
-            ),
             bundle=None if content["bundle"] is None else BundleReference(**content["bundle"]),
             training=content["training"],
             versions=content["versions"],
+            classifier_kind=content["classifier"]["kind"],
+            n_features=content["classifier"]["n_features"],
+            files=dict(content["files"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, PhaselineError):
             raise
         raise RecipeError(f"{folder / MANIFEST} cannot be understood ({error!r}); fit again") from error
+
+
+def load_recipe(path: Path | str, *, threads: int | None = None, device: str = "auto") -> Recipe:
+    """Read a recipe's folder.
+
+    Parameters
+    ----------
+    path
+        Folder that `Recipe.save` wrote.
+    threads
+        For the classifier; None: one for each core.
+    device
+        For the classifier: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    MissingInputError, RecipeError
+        As `read_settings`; or a file is missing or damaged.
+    """
+    folder = Path(path)
+    settings = read_settings(folder)
+    for name, expected in settings.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise RecipeError(f"{file} is missing from the recipe; copy the recipe again, or fit again")
+        if describe_file(file).sha256 != expected:
+            raise RecipeError(f"{file} is damaged: its content does not match {MANIFEST}; copy the recipe again, or fit again")
+    return Recipe(
+        classes=settings.classes,
+        window=settings.window,
+        features=settings.features,
+        classifier_kind=settings.classifier_kind,
+        classifier=load_classifier(
+            settings.classifier_kind, folder, n_features=settings.n_features, n_classes=len(settings.classes.values),
+            threads=threads, device=device,
+        ),
+        bundle=settings.bundle,
+        training=settings.training,
+        versions=settings.versions,
+    )
+
+
+def recipe_files(folder: Path) -> dict[str, bytes]:
+    """Content of a recipe's files, by name, as they travel to a server.
+
+    Raises
+    ------
+    MissingInputError, RecipeError
+        As `read_settings`; or a file cannot be read.
+    """
+    settings = read_settings(folder)
+    try:
+        return {name: (folder / name).read_bytes() for name in (MANIFEST, *settings.files)}
+    except OSError as error:
+        raise MissingInputError(f"{error.filename} cannot be read ({error.strerror}); copy the recipe again") from error
 
 
 def recipe_hash(path: Path | str) -> str:

@@ -88,8 +88,9 @@ class Segmenter:
         bundle: Path | str | None = None,
         device: str = "auto",
         threads: int | None = None,
+        source: FeatureSource | None = None,
     ) -> Self:
-        """Load a recipe and open its bundle here; use the result inside ``with``.
+        """Load a recipe and open its bundle here, or another source of it; use the result inside ``with``.
 
         Parameters
         ----------
@@ -101,13 +102,23 @@ class Segmenter:
             ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads
             Threads on the CPU; None: one for each core.
+        source
+            Where the features come from instead, e.g. a `TritonSource`; not yet open, and closed with the segmenter. `bundle`
+            is then of no use, and `device` the classifier's.
+
+        Raises
+        ------
+        RecipeError
+            As the constructor, and as `find_bundle`.
         """
         known = check_device(device)
         loaded = load_recipe(recipe, threads=threads, device="cuda" if known == "tensorrt" else known)
         with contextlib.ExitStack() as stack:
-            found = find_bundle(loaded, bundle)
-            source = None if found is None else stack.enter_context(LocalSource(found, known, threads))
-            segmenter = cls(loaded, source, threads)
+            if source is not None and loaded.bundle is None:
+                raise RecipeError("the recipe uses classical features only, which are computed here; leave the server out")
+            if source is None and (found := find_bundle(loaded, bundle)) is not None:
+                source = LocalSource(found, known, threads)
+            segmenter = cls(loaded, None if source is None else stack.enter_context(source), threads)
             segmenter._stack = stack.pop_all()
         return segmenter
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, get_args
 
@@ -203,6 +203,21 @@ class FeatureSource(Protocol):
         Returns
         -------
         float16 array of shape (n, k, h, w).
+        """
+        ...
+
+    def iter_patch_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        """Projected patch features of tiles that are made as they are wanted.
+
+        Parameters
+        ----------
+        tiles
+            uint8 arrays of shape (in_channels, T, T). The source takes a bounded number of them ahead: as many as it works on at
+            once.
+
+        Yields
+        ------
+        float16 array of shape (k, h, w) for each tile, in their order.
         """
         ...
 

@@ -14,6 +14,13 @@
     ├── ExportError (RuntimeError)           a backbone that cannot be exported
     │   ├── WeightsError                     weights that do not fit the backbone
     │   └── ParityError                      the written graph deviates from torch
+    ├── ServerError (ConnectionError)        a server that could not do what was asked
+    │   ├── ServerUnavailableError           none can be reached, it went away, or a model is not ready
+    │   ├── ServerBusyError                  its queue is full; `retry_after_s` says when to ask again
+    │   ├── ServerTimeoutError (TimeoutError)  no answer within the time allowed
+    │   ├── ServerRefusedError (ValueError)  it refused the request itself: wrong dtype, shape, content, no right
+    │   │   └── UnknownModelError (LookupError)  it has no such model
+    │   └── ServerFailedError                it failed while working on it
     ├── OutputError (OSError)                an output that cannot be written
     ├── StoppedError                         the user stopped a run that can go on; the command line exits with 130
     └── MissingExtraError (ImportError)      an optional dependency that is not installed
@@ -78,6 +85,44 @@ class WeightsError(ExportError, ValueError):
 
 class ParityError(ExportError):
     """The written graph deviates from torch by more than the tolerance."""
+
+
+class ServerError(PhaselineError, ConnectionError):
+    """A server that could not do what was asked."""
+
+
+class ServerUnavailableError(ServerError):
+    """No server can be reached, it went away during the request, or the model is not ready: worth another try."""
+
+
+class ServerBusyError(ServerError):
+    """The server's queue is full.
+
+    Attributes
+    ----------
+    retry_after_s
+        Seconds after which to ask again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerTimeoutError(ServerError, TimeoutError):
+    """No answer came within the time allowed."""
+
+
+class ServerRefusedError(ServerError, ValueError):
+    """The server refused the request itself; asking again will not help."""
+
+
+class UnknownModelError(ServerRefusedError, LookupError):
+    """The server has no model of that name, or not (yet) after a restart."""
+
+
+class ServerFailedError(ServerError):
+    """The server failed while working on the request."""
 
 
 class OutputError(PhaselineError, OSError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import numpy as np
 
 from phaseline.runtime.bundle import Bundle
-from phaseline.runtime.contract import ATTENTION, F16, PATCH_FEATURES, U8, BundleSpec
+from phaseline.runtime.contract import ATTENTION, F16, PATCH_FEATURES, U8, BundleSpec, FeatureSource
 from phaseline.runtime.engine import Device, open_engine
 from phaseline.runtime.errors import EngineError, UsageError
 from phaseline.runtime.ort import OrtEngine
@@ -63,21 +65,29 @@ class LocalSource:
 
     def patch_features(self, tiles: U8) -> F16:
         """Projected patch features: float16 array of shape (n, k, h, w) of uint8 tiles (n, in_channels, T, T)."""
-        return self.outputs(tiles, PATCH_FEATURES)
+        return self.outputs(tiles, [PATCH_FEATURES])[0]
+
+    def iter_patch_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        """See `FeatureSource.iter_patch_features`; takes `max_batch` tiles ahead."""
+        return in_batches(self, tiles)
 
     def attention(self, tiles: U8) -> F16:
         """[CLS] attention of the last block: float16 array of shape (n, heads, h, w)."""
-        return self.outputs(tiles, ATTENTION)
+        return self.outputs(tiles, [ATTENTION])[0]
 
-    def outputs(self, tiles: U8, name: str) -> F16:
-        """One of the graph's outputs, facets included.
+    def outputs(self, tiles: U8, names: Sequence[str]) -> list[F16]:
+        """Some of the graph's outputs, facets included, from one run.
 
         Parameters
         ----------
         tiles
             uint8 array of shape (n, in_channels, T, T).
-        name
-            ``patch_features``, ``attention``, or one of the bundle's facets.
+        names
+            Some of ``patch_features``, ``attention``, and the bundle's facets.
+
+        Returns
+        -------
+        One float16 array of shape (n, …) for each name.
 
         Raises
         ------
@@ -87,17 +97,35 @@ class LocalSource:
             The source is not open, or the engine failed.
         """
         spec = self.spec
-        expected = (spec.in_channels, spec.tile_px, spec.tile_px)
-        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1:] != expected or not len(tiles):
-            raise UsageError(f"tiles are {tiles.dtype} of shape {tiles.shape}, expected uint8 of shape (n, "
-                             f"{', '.join(map(str, expected))})")
+        check_tiles(tiles, spec)
         known = (PATCH_FEATURES, ATTENTION, *spec.facets)
-        if name not in known:
-            raise UsageError(f"output {name!r} is not in this bundle, which has {', '.join(known)}; "
-                             "export it with --facets")
+        for name in names:
+            if name not in known:
+                raise UsageError(f"output {name!r} is not in this bundle, which has {', '.join(known)}; "
+                                 "export it with --facets")
         if self._engine is None:
             raise EngineError("the source is not open; use it inside `with`")
         batch = self._batch or (1 if self._engine.provider == "cpu" else spec.max_batch)
-        return np.concatenate(
-            [self._engine.run(tiles[i : i + batch], [name])[0] for i in range(0, len(tiles), batch)]
-        )
+        runs = [self._engine.run(tiles[i : i + batch], names) for i in range(0, len(tiles), batch)]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+def check_tiles(tiles: U8, spec: BundleSpec) -> None:
+    """Refuse a batch of tiles that a bundle does not take.
+
+    Raises
+    ------
+    UsageError
+        Another dtype or shape, or no tile.
+    """
+    expected = (spec.in_channels, spec.tile_px, spec.tile_px)
+    if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1:] != expected or not len(tiles):
+        raise UsageError(f"tiles are {tiles.dtype} of shape {tiles.shape}, expected uint8 of shape (n, "
+                         f"{', '.join(map(str, expected))})")
+
+
+def in_batches(source: FeatureSource, tiles: Iterable[U8]) -> Iterator[F16]:
+    """`FeatureSource.iter_patch_features` for a source that works on one batch of `max_batch` tiles at a time."""
+    rest = iter(tiles)
+    while batch := list(itertools.islice(rest, source.spec.max_batch)):
+        yield from source.patch_features(np.stack(batch))

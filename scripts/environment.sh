@@ -21,12 +21,19 @@ environment() {
     PATH=$root/.venv/bin:$PATH
 }
 
-# The extras that tests and lint need. The extra crf compiles C++: without a compiler its tests skip, and say so.
+# The extras that tests and lint need. Two of them only where they can be installed; their tests skip elsewhere, and say so:
+# crf compiles C++; server (Triton's wheel) needs numpy 1, which has no wheel for Python 3.13 and later.
 test_extras() {
+    local extras=cpu,export,sklearn,client,test
     if command -v c++ >/dev/null; then
-        echo cpu,export,sklearn,test,crf
+        extras+=,crf
     else
         echo "no C++ compiler: the tests of the extra crf will be skipped" >&2
-        echo cpu,export,sklearn,test
     fi
+    if python3 -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then
+        extras+=,server
+    else
+        echo "Python 3.13 or later: the tests of the extra server will be skipped" >&2
+    fi
+    echo "$extras"
 }

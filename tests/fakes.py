@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import numpy as np
 
 from phaseline.runtime.contract import F16, U8, BundleFile, BundleSpec
+from phaseline.runtime.source import in_batches
 
 
 def make_spec(**changes: object) -> BundleSpec:
@@ -45,6 +47,9 @@ class FakeSource:
         ramp = np.linspace(-1, 1, patch)
         features = [patches.mean(axis=(3, 4)), (patches * ramp).mean(axis=(3, 4)), (patches * ramp[:, None]).mean(axis=(3, 4))]
         return np.stack(features, axis=1).astype(np.float16)
+
+    def iter_patch_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        return in_batches(self, tiles)
 
     def attention(self, tiles: U8) -> F16:
         return np.full((len(tiles), self.spec.heads, self.spec.grid, self.spec.grid), 0.5, np.float16)

@@ -93,7 +93,7 @@ def test_source_refuses_wrong_tiles_and_names() -> None:
             with pytest.raises(UsageError, match=r"tiles are \w+ of shape .*, expected uint8 of shape"):
                 source.patch_features(bad)
         with pytest.raises(UsageError, match="output 'key' is not in this bundle"):
-            source.outputs(good, "key")
+            source.outputs(good, ["key"])
     with pytest.raises(EngineError, match="not open"):
         source.patch_features(good)
     with pytest.raises(UsageError, match="a batch of 0 tiles"):

@@ -272,7 +272,7 @@ def test_help_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("words", "expected"), [
     ([], "Missing command"),
     (["nonsense"], "No such command 'nonsense'"),
-    (["segment", "x.png"], "Missing option '--recipe'"),
+    (["segment", "x.png"], "Missing option '--out'"),
     (["fit", "nowhere.png", "--labels", "l.png", "--out", "r"], "nowhere.png"),
     (["segment", "nowhere.png", "--recipe", "nowhere", "--out", "o.png"], "nowhere"),
     (["info", "nowhere"], "nothing at nowhere"),

@@ -25,12 +25,18 @@ from phaseline.runtime.transforms import Boundary
 def features_command(
     image: Annotated[Path, typer.Argument(metavar="INPUT", help="An image.")],
     out: Annotated[Path, typer.Option("--out", help="An .npy file; the picture is put beside it as .png.")],
-    bundle: Annotated[str, typer.Option("--bundle", help="'default', or a bundle's folder.")] = "default",
+    bundle: Annotated[str | None, typer.Option("--bundle", help="'default' (if not given), or a bundle's folder.")] = None,
     transforms: options.Transforms = "none",
     alignment: options.Alignment = "centred",
     interpolation: options.Interpolation = "bilinear",
     boundary: options.Boundary = "reflect",
     window: Annotated[str, typer.Option(help="Intensities that become 0 and 255, as in `phaseline fit`.")] = "auto",
+    server: options.Server = None,
+    transport: options.TransportChoice = "auto",
+    timeout: options.Timeout = None,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
@@ -48,12 +54,14 @@ def features_command(
     for path in (out, picture):
         check_output(path, overwrite)
     known_device = check_device(device)
+    tls = options.client_tls(tls_ca, tls_cert, tls_key)
+    remote = options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)
     sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
     if image.is_dir():
         raise UsageError(f"{image} is a folder, expected one image; give one of its files")
     pixels = read_image(image)
     seen = IntensityWindow.fit([pixels], window).apply(pixels)
-    with LocalSource(open_bundle(bundle), known_device, threads) as source:
+    with remote or LocalSource(open_bundle(bundle or "default"), known_device, threads) as source:
         screen.warn_untrained(source.spec)
         screen.say(f"engine: {source.engine_choice}")
         settings = FeatureSettings(image_channels([pixels]), None, DeepFeatures.for_bundle(source.spec, transforms, sampling))

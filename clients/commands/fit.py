@@ -18,6 +18,7 @@ from phaseline.clients.labels import pair_labels, read_labels
 from phaseline.clients.recipe import MANIFEST
 from phaseline.runtime.average import PixelSampling
 from phaseline.runtime.bundle import open_bundle
+from phaseline.runtime.contract import FeatureSource
 from phaseline.runtime.engine import check_device
 from phaseline.runtime.errors import UsageError
 from phaseline.runtime.geometry import Alignment, Interpolation
@@ -32,7 +33,7 @@ def fit_command(
         "--labels", help="A label image (grey or palette; 0: unlabelled, other values: classes), or a folder of them with the "
                          "images' stems.")],
     out: Annotated[Path, typer.Option("--out", help="The recipe's folder.")],
-    bundle: options.Bundle = "default",
+    bundle: options.OptionalBundle = None,
     classical: Annotated[bool, typer.Option("--classical/--no-classical", help="Use the classical filter bank.")] = True,
     sigma_factor: Annotated[float, typer.Option(help="Scales the classical σ; 0.4 is what Weka does.")] = 1.0,
     transforms: options.Transforms = "none",
@@ -46,6 +47,12 @@ def fit_command(
         help="Intensities that become 0 and 255: auto (8 bits: all; others: the 0.5th and 99.5th percentile of the images), "
              "full, LOW:HIGH, or percentile:LOW,HIGH.")] = "auto",
     class_names: Annotated[str | None, typer.Option(help="Names of the classes by ascending value, separated by commas.")] = None,
+    server: options.Server = None,
+    transport: options.TransportChoice = "auto",
+    timeout: options.Timeout = None,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -59,6 +66,9 @@ def fit_command(
     started = time.perf_counter()
     check_folder(out, overwrite, MANIFEST)
     known_device = check_device(device)
+    tls = options.client_tls(tls_ca, tls_cert, tls_key)
+    remote = options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)
+    bundle = bundle or "default"
     pairs = pair_labels(list_images(images), labels)
     given = (transforms, alignment, interpolation, boundary, overlap)
     if bundle == "none" and given != ("none", "centred", "bilinear", "reflect", None):
@@ -68,9 +78,11 @@ def fit_command(
         raise UsageError("--sigma-factor is for classical features, which --no-classical leaves out; drop it")
     sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
     with contextlib.ExitStack() as stack:
-        source, deep = None, None
+        source: FeatureSource | None = None
+        deep = None
         if bundle != "none":
-            source = stack.enter_context(LocalSource(open_bundle(bundle), known_device, threads))
+            chosen: FeatureSource = remote or LocalSource(open_bundle(bundle), known_device, threads)
+            source = stack.enter_context(chosen)
             screen.warn_untrained(source.spec)
             deep = DeepFeatures.for_bundle(source.spec, transforms, sampling, overlap)
         elif not classical:

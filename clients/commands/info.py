@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 from phaseline.clients import recipe as recipes
-from phaseline.clients.options import Debug, untrained_note
+from phaseline.clients.kserve import Tls, parse_servers
+from phaseline.clients.options import Debug, TlsCa, TlsCert, TlsKey, client_tls, untrained_note
+from phaseline.clients.publish import describe, list_recipes, served_bundle
 from phaseline.runtime import bundle as bundles
 from phaseline.runtime.bundle import Bundle, open_bundle
 from phaseline.runtime.errors import MissingExtraError, MissingInputError, UsageError
@@ -19,12 +21,20 @@ from phaseline.runtime.ort import PROVIDER_NAMES, import_onnxruntime
 
 def info_command(
     artefact: Annotated[str | None, typer.Argument(metavar="[BUNDLE|RECIPE]", help="A folder, or 'default'.")] = None,
+    server: Annotated[str | None, typer.Option("--server", metavar="HOST:PORT", help="Say what a server serves.")] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     debug: Debug = False,
 ) -> None:
-    """Say what is installed and which engines work, or what a bundle or recipe holds."""
+    """Say what is installed and which engines work, or what a bundle, a recipe or a server holds."""
     del debug
     console = Console(highlight=False, soft_wrap=True)
-    if artefact is None:
+    if server is not None:
+        if artefact is not None:
+            raise UsageError("an artefact and --server came together; ask for one of them")
+        lines = _server(server, client_tls(tls_ca, tls_cert, tls_key))
+    elif artefact is None:
         lines = _installation()
     elif artefact == "default" or (Path(artefact) / bundles.MANIFEST).is_file():
         lines = _bundle(open_bundle(artefact))
@@ -48,6 +58,17 @@ def _installation() -> list[tuple[str, str]]:
         lines += [(f"engine {name}", "available" if provider in available else "not installed")
                   for name, provider in PROVIDER_NAMES.items()]
     return lines
+
+
+def _server(server: str, tls: Tls | None) -> list[tuple[str, str]]:
+    (server,) = parse_servers(server)
+    spec = served_bundle(server, tls)
+    lines = [
+        ("server", server),
+        ("bundle", f"{spec.digest()}, {spec.backbone}, weights {spec.weights}{'' if spec.trained else ' (untrained)'}"),
+        ("tile", f"{spec.tile_px} px, {spec.in_channels} channel(s), stride {spec.stride_px} px, {spec.channels} features"),
+    ]
+    return lines + [("recipe", describe(recipe)) for recipe in list_recipes(server, tls=tls)]
 
 
 def _bundle(bundle: Bundle) -> list[tuple[str, str]]:

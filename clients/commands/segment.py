@@ -1,8 +1,15 @@
-"""`phaseline segment`: images and a recipe → labels."""
+"""`phaseline segment`: images and a recipe → labels.
+
+    --recipe                 all of it here
+    --recipe, --server       deep features at the servers, the rest here
+    --published, --server    images go out, labels come back
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,57 +17,102 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from phaseline.clients import options
-from phaseline.clients.batch import pending, plan, report_path, segment_files
+from phaseline.clients.batch import SERVERS_LOST, Job, pending, plan, report_path, segment_files
 from phaseline.clients.crf import CRFParameters, import_densecrf
 from phaseline.clients.images import list_images
+from phaseline.clients.kserve import parse_servers
 from phaseline.clients.recipe import recipe_hash
+from phaseline.clients.remote_segmenter import RemoteSegmenter
 from phaseline.clients.segmenter import Segmenter
 from phaseline.runtime.errors import ImageError, PhaselineError, StoppedError, UsageError
 
 
 def segment_command(
     images: Annotated[Path, typer.Argument(metavar="INPUT", help="An image, or a folder of images.")],
-    recipe: Annotated[Path, typer.Option("--recipe", help="The folder that `phaseline fit` wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The label image; for a folder of images, a folder.")],
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="The folder that `phaseline fit` wrote.")] = None,
+    published: Annotated[str | None, typer.Option(
+        "--published", metavar="NAME", help="Instead of --recipe: one that the servers have; they then do all.")] = None,
+    server: options.Server = None,
     bundle: Annotated[str | None, typer.Option("--bundle", help="Where the recipe's bundle is, if it was moved.")] = None,
     confidence: Annotated[bool, typer.Option("--confidence", help="Write the confidence too.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the classes' probabilities too (NPY).")] = False,
     crf: Annotated[bool, typer.Option("--crf", help="Refine the labels with a dense conditional random field.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    transport: options.TransportChoice = "auto",
+    timeout: options.Timeout = None,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Segment images with a recipe."""
+    """Segment images with a recipe: here, with servers that compute its deep features, or by servers altogether."""
     del debug
     screen = options.Screen(quiet)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite came together; --resume keeps what is done, --overwrite does it again")
+    tls = options.client_tls(tls_ca, tls_cert, tls_key)
+    source = options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)
+    remote = None
+    if published is not None:
+        if server is None or recipe is not None or transport != "auto" or crf or probabilities:
+            raise UsageError("--published needs --server, and goes without --recipe, --transport, --crf and --probabilities; "
+                             "with a recipe's folder instead, servers can compute its features, and the others work")
+        remote = RemoteSegmenter(parse_servers(server), published, timeout_s=120.0 if timeout is None else timeout, tls=tls)
     if crf:
         import_densecrf()
     folder = images.is_dir()
     jobs = plan(list_images(images), out, folder=folder, confidence=confidence, probabilities=probabilities)
     report = report_path(out, folder=folder)
-    header: dict[str, Any] = {"recipe": recipe_hash(recipe), "confidence": confidence, "probabilities": probabilities,
-                              "crf": crf}
-    todo = pending(jobs, report, header, overwrite=overwrite, resume=resume)
-    if len(todo) < len(jobs):
-        screen.say(f"{len(jobs) - len(todo)} of {len(jobs)} images are done already")
+    with contextlib.ExitStack() as stack:
+        # Before anything is loaded, a run that would replace outputs is refused.
+        decisive = _folder_hash(recipe) if remote is None else stack.enter_context(remote).recipe.hash
+        header = {"recipe": decisive, "confidence": confidence, "probabilities": probabilities, "crf": crf}
+        todo = pending(jobs, report, header, overwrite=overwrite, resume=resume)
+        if len(todo) < len(jobs):
+            screen.say(f"{len(jobs) - len(todo)} of {len(jobs)} images are done already")
+        segmenter: Segmenter | RemoteSegmenter
+        if recipe is None or remote is not None:
+            assert remote is not None
+            segmenter = remote
+        else:
+            segmenter = stack.enter_context(
+                Segmenter.open(recipe, bundle=bundle, device=device, threads=threads, source=source))
+            if segmenter.source is not None:
+                screen.warn_untrained(segmenter.source.spec)
+        screen.say(f"engine: {segmenter.engine_choice}")
+        _run(segmenter, todo, report, header, screen, resume=resume, folder=folder, out=out)
+
+
+def _folder_hash(recipe: Path | None) -> str:
+    if recipe is None:
+        raise UsageError("no recipe came; expected --recipe, a folder, or --published with --server")
+    return recipe_hash(recipe)
+
+
+def _run(
+    segmenter: Segmenter | RemoteSegmenter,
+    todo: Sequence[Job],
+    report: Path,
+    header: dict[str, Any],
+    screen: options.Screen,
+    *,
+    resume: bool,
+    folder: bool,
+    out: Path,
+) -> None:
+    """Segment the files, and say how it goes; raises when one failed."""
     failed, ended = 0, 0
     started = time.perf_counter()
-    with (
-        Segmenter.open(recipe, bundle=bundle, device=device, threads=threads) as segmenter,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total:.0f}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=screen.console, transient=True,
-            disable=quiet or not screen.console.is_terminal,
-        ) as bars,
-    ):
-        if segmenter.source is not None:
-            screen.warn_untrained(segmenter.source.spec)
-        screen.say(f"engine: {segmenter.engine_choice}")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total:.0f}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=screen.console, transient=True,
+        disable=screen.console.quiet or not screen.console.is_terminal,
+    ) as bars:
         bar = bars.add_task("segmenting", total=len(todo))
 
         def on_image(line: dict[str, Any]) -> None:
@@ -77,8 +129,15 @@ def segment_command(
                 screen.say(f"{line['image']}: {shares}; {line['seconds']:.1f} s")
 
         try:
-            results = segment_files(segmenter, todo, report, header, append=resume, crf=CRFParameters() if crf else None,
-                          on_image=on_image, progress=lambda part: bars.update(bar, completed=ended + part))
+            results = segment_files(segmenter, todo, report, header, append=resume,
+                                    crf=CRFParameters() if header["crf"] else None, on_image=on_image,
+                                    progress=lambda part: bars.update(bar, completed=ended + part))
+        except SERVERS_LOST as error:
+            if not folder:
+                report.unlink()
+                raise
+            raise PhaselineError(f"{error}; {ended} of {len(todo)} images are done, each whole; go on with --resume when that is "
+                                 "put right") from error
         except KeyboardInterrupt:
             raise StoppedError(f"interrupted: {ended} of {len(todo)} images done, each whole; go on with --resume") from None
     if failed and not folder:
