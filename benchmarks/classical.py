@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from benchmarks.memory import peak_bytes
 from benchmarks.references.classical import reference_classical
 from benchmarks.report import emit, markdown
 from phaseline.clients.classical import ClassicalFeatures
@@ -124,18 +124,9 @@ def _peak_of_one_run(size: int) -> dict[str, int]:
     # Drawn directly as bytes: temporary arrays would raise the peak before the run, and so hide some of its growth.
     image = np.random.default_rng(0).integers(0, 256, (size, size), np.uint8)
     features.compute(image[:128, :128])
-    before = _peak_bytes()
+    before = peak_bytes()
     result = features.compute(image)
-    return {"growth_bytes": _peak_bytes() - before, "result_bytes": result.nbytes}
-
-
-def _peak_bytes() -> int:
-    """Most resident memory that this process ever had."""
-    status = Path("/proc/self/status")
-    if status.exists():  # there, ru_maxrss would include the parent's memory at the time of the fork
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"growth_bytes": peak_bytes() - before, "result_bytes": result.nbytes}
 
 
 if __name__ == "__main__":

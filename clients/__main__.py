@@ -51,7 +51,11 @@ def build_app() -> typer.Typer:
                           ("load", load_command)):
         app.command(name)(command)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
-        app.command(entry.name)(entry.load())
+        provided = entry.load()
+        if isinstance(provided, typer.Typer):
+            app.add_typer(provided, name=entry.name)
+        else:
+            app.command(entry.name)(provided)
     return app
 
 

@@ -35,7 +35,7 @@ BAND_PX = 512
 
 @dataclass(frozen=True)
 class DeepFeatures:
-    """How a bundle's patch features become pixel features.
+    """How a bundle's features become pixel features.
 
     Attributes
     ----------
@@ -59,8 +59,9 @@ class DeepFeatures:
         sampling: PixelSampling | None = None,
         overlap_px: int | None = None,
     ) -> Self:
-        """Settings for a bundle; unless told otherwise, tiles overlap by an eighth of their side."""
-        return cls(transforms, spec.tile_px // 8 if overlap_px is None else overlap_px, sampling or PixelSampling())
+        """Settings for a bundle; unless told otherwise, an upsampler is used, and tiles overlap by an eighth of their side."""
+        overlap_px = spec.tile_px // 8 if overlap_px is None else overlap_px
+        return cls(transforms, overlap_px, sampling or PixelSampling.for_bundle(spec))
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
@@ -101,6 +102,11 @@ class FeatureSettings:
             classical=None if classical is None else ClassicalFeatures.from_dict(classical),
             deep=None if deep is None else DeepFeatures.from_dict(deep),
         )
+
+
+def is_trained(spec: BundleSpec) -> bool:
+    """Whether all of a bundle's weights are trained, its upsampler's included."""
+    return spec.trained and bool(spec.upsampler.get("trained", True))
 
 
 def image_channels(images: Sequence[npt.NDArray[np.generic]]) -> int:
@@ -145,7 +151,8 @@ class PixelFeatures:
     Raises
     ------
     UsageError
-        Deep features without a source, or the other way round; a transform set or overlap that does not fit the tile.
+        Deep features without a source, or the other way round; a transform set or overlap that does not fit the tile; learned
+        pixel features of a bundle without upsampler.
     """
 
     def __init__(self, settings: FeatureSettings, source: FeatureSource | None, threads: int | None = None) -> None:
@@ -159,6 +166,7 @@ class PixelFeatures:
             self._transforms = TransformSet.parse(settings.deep.transforms, source.spec.stride_px)
             self._transforms.check_fits(source.spec.tile_px)
             TileAxis(1, source.spec.tile_px, settings.deep.overlap_px)
+            settings.deep.sampling.check_bundle(source.spec)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,8 +175,8 @@ class PixelFeatures:
         if self.settings.classical is not None:
             colours = [""] if self.settings.image_channels == 1 else ["red ", "green ", "blue "]
             names += [colour + name for colour in colours for name in self.settings.classical.names]
-        if self._source is not None:
-            names += [f"deep {i}" for i in range(self._source.spec.channels)]
+        if self._source is not None and self.settings.deep is not None:
+            names += [f"deep {i}" for i in range(self.settings.deep.sampling.channels(self._source.spec))]
         return tuple(names)
 
     def bands(self, image: U8, wanted: npt.NDArray[np.bool_] | None = None) -> Iterator[tuple[slice, F32]]:
@@ -189,7 +197,9 @@ class PixelFeatures:
         planes = np.ascontiguousarray(image[None] if image.ndim == 2 else image.transpose(2, 0, 1))
         if len(planes) != self.settings.image_channels:
             raise UsageError(f"the image has {len(planes)} channels, expected {self.settings.image_channels}")
-        deep = None if self._source is None else self._deep_bands(image, wanted, self._source)
+        deep = None
+        if self._source is not None and self.settings.deep is not None:
+            deep = self._deep_bands(image, wanted, self._source, self.settings.deep)
         axis = self._axis(image.shape[0])
         n_features = len(self.names)
         for start, end in itertools.pairwise((*axis.starts, image.shape[0])):
@@ -218,22 +228,23 @@ class PixelFeatures:
             out[i * bank.channels : (i + 1) * bank.channels] = features[:, start - top : end - top]
 
     def _deep_bands(
-        self, image: U8, wanted: npt.NDArray[np.bool_] | None, source: FeatureSource
+        self, image: U8, wanted: npt.NDArray[np.bool_] | None, source: FeatureSource, deep: DeepFeatures
     ) -> Iterator[F32]:
-        """Blended deep features, a view of shape (k, rows of the band, cols) for each row of tiles."""
+        """Blended deep features, a view of shape (channels, rows of the band, cols) for each row of tiles."""
         spec = source.spec
         seen = to_channels(image, spec.in_channels)
         planes = np.ascontiguousarray(seen[None] if seen.ndim == 2 else seen.transpose(2, 0, 1))
         rows, cols = self._axis(planes.shape[1]), self._axis(planes.shape[2])
         row_weights, col_weights = rows.weights(), cols.weights()
-        total = np.zeros((spec.channels, rows.size_px, cols.length_px), np.float32)
+        total = np.zeros((deep.sampling.channels(spec), rows.size_px, cols.length_px), np.float32)
         needed = [
             [j for j, col in enumerate(cols.starts)
              if wanted is None or wanted[start : start + rows.size_px, col : col + cols.size_px].any()]
             for start in rows.starts
         ]
         # One iterator for all of the image: a remote source then works ahead, beyond the end of a row.
-        averages = self._averages(planes, [(rows.starts[i], cols.starts[j]) for i, js in enumerate(needed) for j in js], source)
+        starts = [(rows.starts[i], cols.starts[j]) for i, js in enumerate(needed) for j in js]
+        averages = self._averages(planes, starts, source, deep)
         for i, (start, end) in enumerate(itertools.pairwise((*rows.starts, rows.length_px))):
             for j in needed[i]:
                 weighted = next(averages)[:, : rows.size_px, : cols.size_px]
@@ -245,18 +256,20 @@ class PixelFeatures:
             total[:, : total.shape[1] - done] = total[:, done:].copy()
             total[:, total.shape[1] - done :] = 0
 
-    def _averages(self, planes: U8, starts: Sequence[tuple[int, int]], source: FeatureSource) -> Iterator[F32]:
-        """Averaged pixel features, float32 of shape (k, T, T), of the tiles that start at these pixels."""
-        spec, deep = source.spec, self.settings.deep
-        assert deep is not None
+    def _averages(
+        self, planes: U8, starts: Sequence[tuple[int, int]], source: FeatureSource, deep: DeepFeatures
+    ) -> Iterator[F32]:
+        """Averaged pixel features, float32 of shape (channels, T, T), of the tiles that start at these pixels."""
+        spec, sampling = source.spec, deep.sampling
         views = (
-            transform.apply(tile, deep.sampling.boundary)
+            transform.apply(tile, sampling.boundary)
             for tile in (cut_tile(planes, row, col, spec.tile_px) for row, col in starts)
             for transform in self._transforms.transforms
         )
-        patch_features = source.iter_patch_features(views)
+        features = source.iter_pixel_features(views) if sampling.is_learned else source.iter_patch_features(views)
+        side = (spec.tile_px, spec.tile_px)
         for _ in starts:
-            average = ViewAverage((spec.tile_px, spec.tile_px), spec.channels, spec.patch_px, spec.stride_px, deep.sampling)
+            average = ViewAverage(side, sampling.channels(spec), spec.patch_px, spec.stride_px, sampling)
             for transform in self._transforms.transforms:
-                average.add(transform, next(patch_features))
+                average.add(transform, next(features))
             yield average.mean()

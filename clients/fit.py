@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from phaseline.clients.classical import ClassicalFeatures
 from phaseline.clients.classify import create_classifier
-from phaseline.clients.features import DeepFeatures, FeatureSettings, PixelFeatures, image_channels
+from phaseline.clients.features import DeepFeatures, FeatureSettings, PixelFeatures, image_channels, is_trained
 from phaseline.clients.labels import ClassTable
 from phaseline.clients.recipe import BundleReference, Recipe, installed_versions
 from phaseline.clients.window import IntensityWindow, to_channels, without_equal_channels
@@ -116,7 +116,7 @@ def fit(
         features=settings,
         classifier_kind=classifier,
         classifier=trained,
-        bundle=None if source is None else BundleReference(source.bundle_hash, bundle_path, source.spec.trained),
+        bundle=None if source is None else BundleReference(source.bundle_hash, bundle_path, is_trained(source.spec)),
         training={
             "images": list(names),
             "pixels": {str(value): int(n) for value, n in zip(classes.values, counts, strict=True)},

@@ -22,20 +22,24 @@ from phaseline.clients.kserve import (
     open_stub,
     server_error,
 )
-from phaseline.runtime.contract import PATCH_FEATURES, TILES, BundleSpec
+from phaseline.runtime.contract import PATCH_FEATURES, PIXEL_FEATURES, TILES, BundleSpec
 from phaseline.runtime.errors import ServerError, UsageError
 from phaseline.runtime.protocol import (
     BACKBONE,
     BUNDLE_PARAMETER,
     CONFIDENCE,
+    FEATURES,
     IMAGE_INPUTS,
     LABELS,
     MAX_PIXELS_PARAMETER,
     RECIPE_PARAMETER,
     Priority,
+    network_models,
     segment_model,
 )
 
+OUTPUTS = {BACKBONE: PATCH_FEATURES, FEATURES: PIXEL_FEATURES}
+"""What is asked for of tiles, by model."""
 STATISTICS_TIMEOUT_S = 10.0
 _DISTINCT = 8
 """Different frames that take turns: enough that nothing is computed once for all."""
@@ -52,7 +56,7 @@ class Load:
     server
         HOST:PORT.
     published
-        Name of a recipe, whose ``segment_NAME`` gets frames; None: `backbone` gets tiles.
+        Name of a recipe, whose ``segment_NAME`` gets frames; None: `model` gets tiles.
     concurrency
         Requests in flight.
     seconds
@@ -69,6 +73,8 @@ class Load:
         Of each request.
     tls
         Certificates.
+    model
+        ``backbone``, or ``features`` of a bundle with an upsampler.
     """
 
     server: str
@@ -82,8 +88,11 @@ class Load:
     timeout_s: float = 60.0
     priority: Priority = "interactive"
     tls: Tls | None = None
+    model: str = BACKBONE
 
     def __post_init__(self) -> None:
+        if self.model not in OUTPUTS:
+            raise UsageError(f"model is {self.model!r}, expected one of {' or '.join(OUTPUTS)}; recipes take --published")
         for name in ("concurrency", "rows", "cols", "seconds", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected more than 0")
@@ -133,7 +142,7 @@ class LoadReport:
     request_bytes, answer_bytes
         Of one message.
     batches
-        By the server's statistics for `backbone` in these seconds.
+        By the server's statistics for `backbone` and `features`, together, in these seconds.
     """
 
     model: str
@@ -177,11 +186,13 @@ def run_load(load: Load, progress: Callable[[float], None] | None = None) -> Loa
 
 async def _run(load: Load, progress: Callable[[float], None] | None) -> LoadReport:
     grpc = import_grpc()
-    model = BACKBONE if load.published is None else segment_model(load.published)
+    model = load.model if load.published is None else segment_model(load.published)
     async with open_channel(load.server, load.tls, asynchronous=True) as channel:
         stub = open_stub(channel)
         try:
-            requests = await _requests(stub, load, model)
+            parameters = model_parameters(await stub.ModelConfig(_ask_config(model), timeout=load.timeout_s))
+            spec = BundleSpec.from_json(parameters.get(BUNDLE_PARAMETER, ""))
+            requests = _requests(parameters, spec, load, model)
             answer = await stub.ModelInfer(requests[0], timeout=load.timeout_s)
         except grpc.RpcError as error:
             raise server_error(error, load.server, model) from error
@@ -210,38 +221,38 @@ async def _run(load: Load, progress: Callable[[float], None] | None) -> LoadRepo
             for number in range(load.concurrency):
                 group.create_task(worker(number))
             await asyncio.sleep(load.warm_up_s)
-            before = await _statistics(stub, load.server)
+            before = await _statistics(stub, load.server, spec)
             while (now := time.perf_counter()) < end:
                 if progress is not None:
                     progress(min(1.0, (now - begin) / load.seconds))
                 await asyncio.sleep(min(0.2, max(0.0, end - now)))
         report.seconds = time.perf_counter() - begin
-        after = await _statistics(stub, load.server)
+        after = await _statistics(stub, load.server, spec)
         report.latencies_s = np.array(latencies)
         report.batches = after.since(before)
         return report
 
 
-async def _statistics(stub: Any, server: str) -> BatchCounts:
+async def _statistics(stub: Any, server: str, spec: BundleSpec) -> BatchCounts:
     grpc = import_grpc()
-    try:
-        return _counts(await stub.ModelStatistics(_ask_statistics(BACKBONE), timeout=STATISTICS_TIMEOUT_S))
-    except grpc.RpcError as error:
-        raise server_error(error, server, BACKBONE) from error
+    executions = inferences = 0
+    for model in network_models(spec):
+        try:
+            counts = _counts(await stub.ModelStatistics(_ask_statistics(model), timeout=STATISTICS_TIMEOUT_S))
+        except grpc.RpcError as error:
+            raise server_error(error, server, model) from error
+        executions, inferences = executions + counts.executions, inferences + counts.inferences
+    return BatchCounts(executions, inferences)
 
 
-async def _requests(stub: Any, load: Load, model: str) -> list[Any]:
+def _requests(parameters: Mapping[str, str], spec: BundleSpec, load: Load, model: str) -> list[Any]:
     """A few different messages of the right type and size."""
-    from tritonclient.grpc import service_pb2 as pb
-
-    parameters = model_parameters(await stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=load.timeout_s))
     random = np.random.default_rng(0)
     inputs: list[Mapping[str, npt.NDArray[Any]]]
     if load.published is None:
-        spec = BundleSpec.from_json(parameters.get(BUNDLE_PARAMETER, ""))
         shape: tuple[int, ...] = (1, spec.in_channels, spec.tile_px, spec.tile_px)
         inputs = [{TILES: _noise(random, shape, "uint8")} for _ in range(_DISTINCT)]
-        outputs = [PATCH_FEATURES]
+        outputs = [OUTPUTS[model]]
     else:
         recipe = json_parameter(parameters, RECIPE_PARAMETER, model)
         kind = {"float": "float32", None: "uint16"}.get(recipe["window_kind"], recipe["window_kind"])
@@ -277,6 +288,12 @@ def batch_counts(server: str, model: str = BACKBONE, tls: Tls | None = None) -> 
             return _counts(open_stub(channel).ModelStatistics(_ask_statistics(model), timeout=STATISTICS_TIMEOUT_S))
         except grpc.RpcError as error:
             raise server_error(error, server, model) from error
+
+
+def _ask_config(model: str) -> Any:
+    from tritonclient.grpc import service_pb2 as pb
+
+    return pb.ModelConfigRequest(name=model)
 
 
 def _ask_statistics(model: str) -> Any:

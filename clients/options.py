@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 from rich.console import Console
 
+from phaseline.clients.features import is_trained
 from phaseline.clients.kserve import Tls, parse_servers
 from phaseline.clients.remote import Transport, TritonSource
 from phaseline.runtime.contract import BundleSpec
@@ -30,7 +31,11 @@ Transforms = Annotated[str, typer.Option(
          "moore*flips.",
 )]
 Alignment = Annotated[str, typer.Option("--alignment", help="Where tokens lie: centred, or paper (stretched).")]
-Interpolation = Annotated[str, typer.Option("--interpolation", help="From tokens to pixels: bilinear or nearest.")]
+Interpolation = Annotated[str, typer.Option(
+    "--interpolation",
+    help="From tokens to pixels: learned (the bundle's upsampler), bilinear or nearest; auto: learned if there is one, else "
+         "bilinear.",
+)]
 Boundary = Annotated[str, typer.Option("--boundary", help="What a shift does at a tile's edge: reflect or wrap.")]
 
 Server = Annotated[str | None, typer.Option(
@@ -80,14 +85,19 @@ class Screen:
 
     def warn_untrained(self, spec: BundleSpec) -> None:
         """Say that a bundle holds random weights, wherever one is used."""
-        if not spec.trained:
-            self.say(untrained_note(spec))
+        if note := untrained_note(spec):
+            self.say(f"note: {note}")
 
 
 def untrained_note(spec: BundleSpec) -> str:
-    """What is said at every use of untrained weights."""
-    return (f"note: the bundle's weights are untrained ({spec.weights}): its features add local texture, not learned "
-            "structure")
+    """What is said at every use of untrained weights; empty if there are none."""
+    if not spec.trained:
+        return (f"the bundle's weights are untrained ({spec.weights}): its features add local texture, not learned "
+                "structure")
+    if not is_trained(spec):
+        return (f"the bundle's upsampler is untrained ({spec.upsampler['weights']}): it blurs at random what the backbone sees; "
+                "--interpolation bilinear leaves it out")
+    return ""
 
 
 def fail(line: str) -> None:

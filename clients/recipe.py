@@ -39,7 +39,7 @@ class BundleReference:
     path
         Where it was when fitting, or ``default``: looked for there first.
     trained
-        False for random weights.
+        False for random weights, of the backbone or of the upsampler.
     """
 
     hash: str

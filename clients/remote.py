@@ -1,6 +1,6 @@
 """`TritonSource`: a bundle's features, computed by Triton servers.
 
-    tiles ─▶ window ─┬─ one request a tile ─▶ server A      whose dynamic batcher merges what comes together
+    tiles ─▶ window ─┬─ one request a tile ─▶ server A      `backbone` or `features`, whose batcher merges what comes together
                      └─ … ──────────────────▶ server B
              results, in order ◀─ the window's oldest
 """
@@ -15,15 +15,15 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
 from phaseline.clients.kserve import RequestIds, Tls, infer_request, output_arrays
-from phaseline.clients.remote_memory import Regions, is_forgotten, why_not_here
+from phaseline.clients.remote_memory import Region, Regions, is_forgotten, why_not_here
 from phaseline.clients.remote_server import Cancellation, Server
 from phaseline.clients.remote_servers import Servers
-from phaseline.runtime.contract import ATTENTION, F16, PATCH_FEATURES, TILES, U8, BundleSpec
+from phaseline.runtime.contract import ATTENTION, F16, PATCH_FEATURES, PIXEL_FEATURES, TILES, U8, BundleSpec
 from phaseline.runtime.errors import (
     BundleError,
     EngineError,
@@ -33,8 +33,8 @@ from phaseline.runtime.errors import (
     ServerUnavailableError,
     UsageError,
 )
-from phaseline.runtime.protocol import BACKBONE, BUNDLE_PARAMETER, PRIORITIES, Priority
-from phaseline.runtime.source import check_tiles
+from phaseline.runtime.protocol import BACKBONE, BUNDLE_PARAMETER, PRIORITIES, Priority, model_of
+from phaseline.runtime.source import check_tiles, pixel_batch
 
 Transport = Literal["auto", "grpc", "shared-memory"]
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
@@ -56,7 +56,8 @@ class TritonSource:
         ``grpc``, ``shared-memory`` (servers on this host that allow it), or ``auto``: shared memory where it is possible,
         and `engine_choice` says why it is not.
     in_flight
-        The most tiles that are asked for at once. None: enough for two full batches at each server.
+        The most tiles that are asked for at once. None: enough for two full batches at each server, which for pixel features hold
+        `pixel_batch` tiles.
     timeout_s
         Seconds for each tile, waiting and other attempts included; with several usable servers, one attempt gets half of them.
     priority
@@ -100,6 +101,7 @@ class TritonSource:
         self._spec: BundleSpec | None = None
         self._reference = ""
         self._regions: dict[str, Regions] = {}
+        self._no_room: dict[str, str] = {}
         self._lock = threading.Lock()
         self._cancellations: set[Cancellation] = set()
         self._stack = contextlib.ExitStack()
@@ -122,17 +124,17 @@ class TritonSource:
         """The servers, and how each is talked to or why it is left out, in one line."""
         return self._servers.description
 
-    @property
-    def in_flight(self) -> int:
-        """The most tiles that are asked for at once."""
-        return self._in_flight or max(MIN_IN_FLIGHT, 2 * self.spec.max_batch * len(self._servers.all))
+    def in_flight(self, output: str = PATCH_FEATURES) -> int:
+        """The most tiles of which an output is asked for at once."""
+        batch = pixel_batch(self.spec) if output == PIXEL_FEATURES else self.spec.max_batch
+        return self._in_flight or max(MIN_IN_FLIGHT, 2 * batch * len(self._servers.all))
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._servers)
             stack.callback(self._close_regions)
             self._servers.open()
-            self._workers = stack.enter_context(ThreadPoolExecutor(self.in_flight, "phaseline tile"))
+            self._workers = stack.enter_context(ThreadPoolExecutor(self.in_flight(), "phaseline tile"))
             stack.callback(self._cancel)
             self._stack = stack.pop_all()
         return self
@@ -150,22 +152,35 @@ class TritonSource:
         """See `FeatureSource.iter_patch_features`; takes `in_flight` tiles ahead. Closing it ends what is under way."""
         return self._each(tiles, PATCH_FEATURES)
 
+    def pixel_features(self, tiles: U8) -> F16:
+        """Features of every pixel: float16 array of shape (n, k', T, T); `UsageError` if the servers' bundle has no upsampler."""
+        check_tiles(tiles, self.spec)
+        return np.stack(list(self._each(tiles, PIXEL_FEATURES)))
+
+    def iter_pixel_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        """See `FeatureSource.iter_pixel_features`; takes `in_flight` tiles ahead. Closing it ends what is under way."""
+        return self._each(tiles, PIXEL_FEATURES)
+
     def attention(self, tiles: U8) -> F16:
         """[CLS] attention of the last block: float16 array of shape (n, heads, h, w)."""
         check_tiles(tiles, self.spec)
         return np.stack(list(self._each(tiles, ATTENTION)))
 
     def _each(self, tiles: Iterable[U8], name: str) -> Iterator[F16]:
-        """One output of each tile, float16 of shape (…, h, w), in order."""
+        """One output of each tile, float16 of shape (…, rows, cols), in order."""
         spec, workers, rest = self.spec, self._workers, iter(tiles)
         if workers is None:
             raise EngineError("the source is not open; use it inside `with`")
+        if name not in _shapes(spec):
+            raise UsageError(f"the bundle that {self._reference} serves has no upsampler, so it gives no pixel features; use "
+                             "bilinear interpolation, or serve a bundle that was exported with --upsampler")
+        most = self.in_flight(name)
         cancellation = Cancellation()
         window: collections.deque[Future[F16]] = collections.deque()
         self._cancellations.add(cancellation)
 
         def fill() -> None:
-            while len(window) < self.in_flight and (tile := next(rest, None)) is not None:
+            while len(window) < most and (tile := next(rest, None)) is not None:
                 check_tiles(tile[None], spec)
                 # A copy: the caller may use the tile's memory for the next one.
                 window.append(workers.submit(self._ask, np.array(tile[None], order="C"), name, cancellation))
@@ -183,38 +198,58 @@ class TritonSource:
             concurrent.futures.wait(window)
 
     def _ask(self, tile: U8, name: str, cancellation: Cancellation) -> F16:
-        """One output, of shape (…, h, w), of a tile of shape (1, in_channels, T, T), from any server."""
-        spec = self.spec
-        shape = (1, *_shapes(spec)[name])
+        """One output, of shape (…, rows, cols), of a tile of shape (1, in_channels, T, T), from any server."""
+        shape = (1, *_shapes(self.spec)[name])
 
         def work(server: Server, timeout_s: float) -> F16:
-            regions = self._regions.get(server.address)
-            if regions is None:
-                request = infer_request(BACKBONE, {TILES: tile}, [name], request_id=self._request_ids.next(),
-                                        priority=self._priority, queue_timeout_s=timeout_s)
-                found = output_arrays(server.infer(request, timeout_s, cancellation)).get(name)
-                if found is None or found.dtype != np.float16 or found.shape != shape:
-                    came = "none" if found is None else f"{found.dtype} of shape {found.shape}"
-                    raise _garbled(server, name, came, shape)
-                return np.asarray(found[0], np.float16)
-            with regions.lend() as region:
-                request = infer_request(
-                    BACKBONE, {TILES: region.write(tile)}, {name: region.output(2 * math.prod(shape))},
-                    request_id=self._request_ids.next(), priority=self._priority, queue_timeout_s=timeout_s,
-                )
+            if (regions := self._regions.get(server.address)) is not None:
                 try:
-                    answer = server.infer(request, timeout_s, cancellation)
-                except ServerRefusedError as error:
-                    if not is_forgotten(error):
-                        raise
-                    # It was restarted without having been missed: checked again, it gets new regions.
-                    raise ServerUnavailableError(f"{server.address} was restarted: {error}") from error
-                written = [(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in answer.outputs]
-                if written != [(name, "FP16", shape)] or any(answer.raw_output_contents):
-                    raise _garbled(server, name, str(written), shape)
-                return np.asarray(region.read(np.float16, shape)[0], np.float16)
+                    with regions.lend(2 * math.prod(shape)) as region:
+                        return self._through(region, server, tile, name, shape, timeout_s, cancellation)
+                except OutputError as error:
+                    self._do_without(server, error)
+            request = self._request({TILES: tile}, name, [name], timeout_s)
+            found = output_arrays(server.infer(request, timeout_s, cancellation)).get(name)
+            if found is None or found.dtype != np.float16 or found.shape != shape:
+                came = "none" if found is None else f"{found.dtype} of shape {found.shape}"
+                raise _garbled(server, name, came, shape)
+            return np.asarray(found[0], np.float16)
 
         return self._servers.ask(work, cancellation)
+
+    def _through(
+        self, region: Region, server: Server, tile: U8, name: str, shape: tuple[int, ...], timeout_s: float,
+        cancellation: Cancellation,
+    ) -> F16:
+        """As `_ask`, by one server, through shared memory."""
+        request = self._request({TILES: region.write(tile)}, name, {name: region.output()}, timeout_s)
+        try:
+            answer = server.infer(request, timeout_s, cancellation)
+        except ServerRefusedError as error:
+            if not is_forgotten(error):
+                raise
+            # It was restarted without having been missed: checked again, it gets new regions.
+            raise ServerUnavailableError(f"{server.address} was restarted: {error}") from error
+        written = [(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in answer.outputs]
+        if written != [(name, "FP16", shape)] or any(answer.raw_output_contents):
+            raise _garbled(server, name, str(written), shape)
+        return np.asarray(region.read(np.float16, shape)[0], np.float16)
+
+    def _request(self, inputs: Any, name: str, outputs: Any, timeout_s: float) -> Any:
+        return infer_request(model_of(name), inputs, outputs, request_id=self._request_ids.next(), priority=self._priority,
+                             queue_timeout_s=timeout_s)
+
+    def _do_without(self, server: Server, error: OutputError) -> None:
+        """Ask a server by gRPC from now on, since a region found no room; raises the error if shared memory was asked for."""
+        if self._transport == "shared-memory":
+            raise error
+        with self._lock:
+            self._no_room[server.address] = str(error)
+            regions = self._regions.pop(server.address, None)
+        if regions is not None:
+            log.warning("%s is asked by gRPC from now on: %s", server.address, error)
+            server.transport = f"gRPC: {error}"
+            regions.close()
 
     def _check(self, server: Server, timeout_s: float) -> None:
         """Refuse a server of another bundle, and choose how to talk to it."""
@@ -232,16 +267,16 @@ class TritonSource:
                 return
             if regions := self._regions.pop(server.address, None):
                 regions.close()
-        reason = None if self._transport == "shared-memory" else why_not_here(server.address)
+        reason = None
+        if self._transport != "shared-memory":
+            reason = self._no_room.get(server.address) or why_not_here(server.address)
         if self._transport == "grpc" or reason is not None:
             server.transport = "gRPC" if self._transport == "grpc" else f"gRPC: {reason}"
             return
-        shapes = _shapes(spec)
-        output_bytes = max(2 * math.prod(shape) for shape in shapes.values())
         try:
             regions = Regions(
                 lambda procedure, message, seconds: server.call(procedure, message, seconds, BACKBONE),
-                spec.in_channels * spec.tile_px**2, output_bytes,
+                spec.in_channels * spec.tile_px**2, 2 * math.prod(_shapes(spec)[PATCH_FEATURES]),
             )
         except (ServerRefusedError, ServerFailedError, OutputError) as error:
             if self._transport == "shared-memory":
@@ -266,9 +301,10 @@ class TritonSource:
 
 def _shapes(spec: BundleSpec) -> dict[str, tuple[int, int, int]]:
     """Shapes of a tile's outputs."""
-    return {PATCH_FEATURES: (spec.channels, spec.grid, spec.grid), ATTENTION: (spec.heads, spec.grid, spec.grid)}
+    shapes = {PATCH_FEATURES: (spec.channels, spec.grid, spec.grid), ATTENTION: (spec.heads, spec.grid, spec.grid)}
+    return shapes | ({PIXEL_FEATURES: (spec.pixel_channels, spec.tile_px, spec.tile_px)} if spec.has_upsampler else {})
 
 
 def _garbled(server: Server, name: str, came: str, shape: tuple[int, ...]) -> ServerFailedError:
-    return ServerFailedError(f"{server.address}, {BACKBONE}: {came} came, expected {name}, float16 of shape {shape}; do server "
-                             "and client have the same version of phaseline?")
+    return ServerFailedError(f"{server.address}, {model_of(name)}: {came} came, expected {name}, float16 of shape {shape}; do "
+                             "server and client have the same version of phaseline?")

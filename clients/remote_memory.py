@@ -78,6 +78,7 @@ class Region:
 
     def __init__(self, input_bytes: int, output_bytes: int) -> None:
         self.name = owned_name(KIND)
+        self.output_bytes = output_bytes
         self.output_offset = -(-input_bytes // _ALIGNMENT) * _ALIGNMENT
         self.size_bytes = self.output_offset + output_bytes
         self._path = SHARED_MEMORY / self.name
@@ -102,9 +103,9 @@ class Region:
         np.frombuffer(self._memory, array.dtype, array.size).reshape(array.shape)[...] = array
         return SharedTensor(self.name, 0, array.nbytes, array.dtype.name, array.shape)
 
-    def output(self, size_bytes: int) -> SharedTensor:
+    def output(self) -> SharedTensor:
         """Where the server is to write an output."""
-        return SharedTensor(self.name, self.output_offset, size_bytes)
+        return SharedTensor(self.name, self.output_offset, self.output_bytes)
 
     def read(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A copy of the output."""
@@ -118,14 +119,15 @@ class Region:
 
 
 class Regions:
-    """The regions that one server knows; the first is registered at once, so that a server that cannot says so here.
+    """The regions that one server knows, of as many sizes as there are outputs; the first is registered at once, so that a server
+    that cannot says so here.
 
     Parameters
     ----------
     call
         Calls the server.
     input_bytes, output_bytes
-        Of one request.
+        Of a first request.
 
     Raises
     ------
@@ -137,7 +139,7 @@ class Regions:
 
     def __init__(self, call: Call, input_bytes: int, output_bytes: int) -> None:
         self._call = call
-        self._sizes = (input_bytes, output_bytes)
+        self._input_bytes = input_bytes
         self._lock = threading.Lock()
         self._free: list[Region] = []
         # A dictionary for its order: names that fail go to the end, so that each has its turn.
@@ -146,21 +148,30 @@ class Regions:
         for name in sweep(SHARED_MEMORY, KIND):
             log.info("removed %s, left behind by a killed client", SHARED_MEMORY / name)
         self._forget_abandoned()
-        self._free.append(self._new())
+        self._free.append(self._new(output_bytes))
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[Region]:
+    def lend(self, output_bytes: int) -> Iterator[Region]:
         """A region for one request; it is not used again if the request fails, however that happens.
+
+        Parameters
+        ----------
+        output_bytes
+            Of the answer. A few large regions would do for all, but what is in /dev/shm is memory taken from everybody.
 
         Raises
         ------
         ServerError
             A new one cannot be registered.
+        OutputError
+            There is no room for it.
         """
         with self._lock:
-            region = self._free.pop() if self._free else None
+            region = next((free for free in self._free if free.output_bytes == output_bytes), None)
+            if region is not None:
+                self._free.remove(region)
         if region is None:
-            region = self._new()
+            region = self._new(output_bytes)
         try:
             yield region
         except BaseException:
@@ -183,11 +194,11 @@ class Regions:
             region.close()
         self._unregister([*(region.name for region in free), *self._given_up])
 
-    def _new(self) -> Region:
+    def _new(self, output_bytes: int) -> Region:
         from tritonclient.grpc import service_pb2 as pb
 
         self._unregister(tuple(self._given_up))
-        region = Region(*self._sizes)
+        region = Region(self._input_bytes, output_bytes)
         message = pb.SystemSharedMemoryRegisterRequest(name=region.name, key=f"/{region.name}", byte_size=region.size_bytes)
         try:
             self._call("SystemSharedMemoryRegister", message, _CALL_TIMEOUT_S)

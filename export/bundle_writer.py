@@ -1,32 +1,45 @@
 """From a backbone's name to a verified bundle on disk: the whole road of an export.
 
-    backbone ─▶ weights ─▶ projection ─▶ trace ─▶ write ─▶ verify ─▶ rename into place
+    backbone ─▶ weights ─▶ projection ─▶ upsampler ─▶ trace ─▶ write ─▶ verify ─▶ rename into place
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 
-from phaseline.export import calibration, graphs, int8, onnx_file, verify
-from phaseline.export.attention import flash_attention, plain_attention, reference_attention
+from phaseline.export import calibration, int8, onnx_file, verify
 from phaseline.export.backbone import Backbone
+from phaseline.export.forms import Parts, forms_of, pixel_name, trace_forms
+from phaseline.export.pixel import check_upsampler
 from phaseline.export.projection import Projection, fit_projection
-from phaseline.export.strided import StridedViT
-from phaseline.export.weights import load_backbone
+from phaseline.export.upsampler import Upsampler
+from phaseline.export.upsampler_weights import create_upsampler, first_channels
+from phaseline.export.weights import load_backbone, trained_projection
 from phaseline.runtime.bundle import MANIFEST, Bundle, describe_file, open_bundle
-from phaseline.runtime.contract import FACETS, PRECISIONS, U8, BundleSpec, Facet, GraphForm, Precision
-from phaseline.runtime.errors import UsageError
+from phaseline.runtime.contract import (
+    ATTENTION,
+    FACETS,
+    PATCH_FEATURES,
+    PIXEL_FEATURES,
+    PRECISIONS,
+    U8,
+    BundleSpec,
+    Facet,
+    Precision,
+)
+from phaseline.runtime.errors import MissingInputError, UsageError
 from phaseline.runtime.output import check_folder, new_folder
 
+CARD = "MODEL_CARD.md"
+Facts = dict[str, float | int | str]
 _PACKAGES = ("phaseline", "torch", "timm", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -48,6 +61,12 @@ class ExportOptions:
         1 (grey) or 3 (RGB).
     precision
         ``fp32``, ``fp16`` or ``int8``.
+    upsampler
+        Path of an upsampler's checkpoint, ``random:SEED``, or None for a bundle without pixel features.
+    pixel_channels
+        How many pixel features, the first ones; None for all that the upsampler has.
+    card
+        Markdown file to go into the bundle as its model card.
     facets
         Which of the last block's ``query``, ``key``, ``value`` come out too.
     max_batch
@@ -65,6 +84,9 @@ class ExportOptions:
     channels: int = 32
     in_channels: int = 1
     precision: Precision = "fp32"
+    upsampler: str | None = None
+    pixel_channels: int | None = None
+    card: Path | None = None
     facets: tuple[Facet, ...] = ()
     max_batch: int = 8
     calibration: Path | None = None
@@ -81,6 +103,8 @@ class ExportOptions:
         check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         check(set(self.facets) <= set(FACETS) and len(set(self.facets)) == len(self.facets), "facets",
               f"some of {', '.join(FACETS)}, each once")
+        check(self.pixel_channels is None or (self.upsampler is not None and self.pixel_channels >= 1), "pixel_channels",
+              "a positive integer, and an upsampler")
         check(self.tolerance is None or self.tolerance >= 0, "tolerance", "0 or more")
 
 
@@ -109,31 +133,39 @@ def write_bundle(options: ExportOptions, out: Path, *, overwrite: bool = False,
         `out` cannot be written.
     """
     check_folder(out, overwrite, MANIFEST)
+    card = _read_card(options.card)
     images = calibration.load_images(options.calibration, options.in_channels)
     backbone, source, trained = load_backbone(options.backbone, options.weights)
     _check_geometry(options, backbone)
     if not trained:
         say(f"{options.backbone} has random weights: the bundle is marked untrained")
+    upsampler, upsampler_facts = _load_upsampler(options, say)
 
-    projection, facts = _fit(options, backbone, images, say)
-    reference = _module(options, backbone, projection)
+    parts = Parts(backbone, None, upsampler, options.stride_px, options.tile_px, options.in_channels, options.facets)
+    views = [view for image in images for view in calibration.views_of(image, options.tile_px)]
+    projection, facts = _fit(options, parts, views, len(images), say)
+    parts = dataclasses.replace(parts, projection=projection)
     max_batch = int8.MAX_BATCH if options.precision == "int8" else options.max_batch
-    models = _trace_forms(options, backbone, projection, max_batch, say)
-    tiles = [next(calibration.views_of(image, options.tile_px)) for image in images]
+    models = trace_forms(parts, options.precision, max_batch, views, say)
     with new_folder(out, overwrite, MANIFEST) as folder:
         files = onnx_file.write_graphs(models, folder)
-        comparisons = verify.compare_graphs(reference, {form: folder / name for form, name in files.items()}, tiles,
-                                            max_batch=max_batch)
+        if card:
+            (folder / CARD).write_text(card, encoding="utf-8")
+        comparisons = _compare(parts, options, folder, files, views[::len(calibration.VIEWS)], max_batch)
         for comparison in comparisons:
             say(str(comparison))
         verify.judge(comparisons, options.precision, options.tolerance)
+        forms = forms_of(options.precision)
+        pixel_channels = 0 if upsampler is None else upsampler.upsampler.mlp.out_channels
         spec = BundleSpec(
             backbone=options.backbone, weights=source, trained=trained, in_channels=options.in_channels,
             patch_px=backbone.patch_px, stride_px=options.stride_px, tile_px=options.tile_px,
             embed_dim=backbone.embed_dim, channels=options.channels, heads=backbone.heads, precision=options.precision,
-            max_batch=max_batch, graphs=files, files={f.name: describe_file(f) for f in sorted(folder.iterdir())},
-            facets=options.facets, projection=facts, parity=verify.parity_numbers(comparisons),
-            versions={name: metadata.version(name) for name in _PACKAGES})
+            max_batch=max_batch, graphs={form: files[form] for form in forms},
+            files={f.name: describe_file(f) for f in sorted(folder.iterdir())}, facets=options.facets,
+            pixel_graphs={form: files[pixel_name(form)] for form in forms} if upsampler is not None else {},
+            pixel_channels=pixel_channels, upsampler=upsampler_facts, card=CARD if card else "", projection=facts,
+            parity=verify.parity_numbers(comparisons), versions={name: metadata.version(name) for name in _PACKAGES})
         (folder / MANIFEST).write_text(spec.to_json(), encoding="utf-8")
     bundle = open_bundle(out)
     size = sum(f.size_bytes for f in spec.files.values()) / 1e6
@@ -161,51 +193,67 @@ def _check_geometry(options: ExportOptions, backbone: Backbone) -> None:
                          f"{backbone.embed_dim} (which means no projection)")
 
 
-def _module(options: ExportOptions, backbone: Backbone, projection: Projection | None, form: GraphForm | None = None
-            ) -> StridedViT:
-    """The module in torch's own form, or in one to be traced."""
-    attend = {"cpu": flash_attention, "portable": plain_attention, None: reference_attention}[form]
-    return StridedViT(backbone, stride_px=options.stride_px, tile_px=options.tile_px, in_channels=options.in_channels,
-                      projection=projection, facets=options.facets,
-                      attend=attend, half=form == "portable" and options.precision == "fp16").eval()
+def _read_card(path: Path | None) -> str:
+    if path is None:
+        return ""
+    if not path.is_file():
+        raise MissingInputError(f"no model card at {path}; expected a Markdown file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"model card {path} is not UTF-8 text ({error}); expected a Markdown file") from error
+    if not text.strip():
+        raise UsageError(f"model card {path} is empty; expected a Markdown file")
+    return text
 
 
-def _fit(options: ExportOptions, backbone: Backbone, images: list[U8], say: Callable[[str], None]
-         ) -> tuple[Projection | None, dict[str, float | int | str]]:
-    if options.channels == backbone.embed_dim:
+def _load_upsampler(options: ExportOptions, say: Callable[[str], None]) -> tuple[Upsampler | None, Facts]:
+    if options.upsampler is None:
         return None, {}
-    module = _module(dataclasses.replace(options, facets=()), backbone, None)
-    say(f"fitting the projection {backbone.embed_dim} → {options.channels} on {len(images)} images in "
-        f"{len(calibration.VIEWS)} views")
+    upsampler, source, trained = create_upsampler(options.upsampler, channels=options.channels, patch_px=options.stride_px)
+    check_upsampler(upsampler, channels=options.channels, stride_px=options.stride_px, tile_px=options.tile_px)
+    if options.pixel_channels is not None:
+        upsampler = first_channels(upsampler, options.pixel_channels)
+    if not trained:
+        say("the upsampler has random weights: it is marked untrained")
+    config = upsampler.config
+    return upsampler, {"name": config.name, "weights": source, "trained": trained, "hidden": config.widths[0]}
+
+
+def _fit(options: ExportOptions, parts: Parts, views: Sequence[U8], images: int, say: Callable[[str], None]
+         ) -> tuple[Projection | None, Facts]:
+    dim = parts.backbone.embed_dim
+    if options.channels == dim:
+        return None, {}
+    weight = trained_projection(options.weights)
+    if weight is not None and len(weight) == options.channels:
+        say(f"taking the projection {dim} → {options.channels} that was trained with the backbone")
+        return Projection.trained(weight), {"source": "trained with the backbone"}
+    module = dataclasses.replace(parts, facets=()).patch_module()
+    say(f"fitting the projection {dim} → {options.channels} on {images} images in {len(calibration.VIEWS)} views")
 
     def tokens() -> Iterator[npt.NDArray[np.float32]]:
-        for image in images:
-            for tile in calibration.views_of(image, options.tile_px):
-                with torch.inference_mode():
-                    features = module.float_maps(torch.from_numpy(tile))[0]
-                yield features[0].flatten(1).T.numpy()
+        for tile in views:
+            with torch.inference_mode():
+                features = module.float_maps(torch.from_numpy(tile))[0]
+            yield features[0].flatten(1).T.numpy()
 
-    projection = fit_projection(tokens(), backbone.embed_dim, options.channels)
+    projection = fit_projection(tokens(), dim, options.channels)
     say(f"{options.channels} channels hold {projection.explained_variance:.1%} of the variance of "
         f"{projection.tokens} tokens")
     source = "scikit-image" if options.calibration is None else "folder"
-    return projection, {"source": source, "images": len(images), "views": len(calibration.VIEWS),
+    return projection, {"source": source, "images": images, "views": len(calibration.VIEWS),
                         "tokens": projection.tokens, "explained_variance": projection.explained_variance}
 
 
-def _trace_forms(options: ExportOptions, backbone: Backbone, projection: Projection | None, max_batch: int,
-                 say: Callable[[str], None]) -> dict[GraphForm, ir.Model]:
-    forms: tuple[GraphForm, ...] = ("cpu",) if options.precision == "int8" else ("cpu", "portable")
-    models: dict[GraphForm, ir.Model] = {}
-    for form in forms:
-        say(f"tracing the {form} graph")
-        module = _module(options, backbone, projection, form)
-        if options.precision == "fp16":
-            module = graphs.round_to_half(module)
-        models[form] = graphs.trace(module, max_batch=max_batch)
-        if options.precision == "fp16":
-            graphs.store_half(models[form])
-    if options.precision == "int8":
-        count = int8.quantise_blocks(models["cpu"], projected=projection is not None)
-        say(f"quantised {count} matrix products")
-    return models
+def _compare(parts: Parts, options: ExportOptions, folder: Path, files: Mapping[str, str], tiles: Sequence[U8], max_batch: int
+             ) -> list[verify.Comparison]:
+    forms = forms_of(options.precision)
+    found = verify.compare_graphs(
+        parts.patch_module().float_maps, [PATCH_FEATURES, ATTENTION, *options.facets],
+        {form: folder / files[form] for form in forms}, tiles, max_batch=max_batch)
+    if parts.upsampler is not None:
+        reference = parts.pixel_reference()
+        found += verify.compare_graphs(lambda batch: [reference(batch)], [PIXEL_FEATURES],
+                                       {form: folder / files[pixel_name(form)] for form in forms}, tiles, max_batch=max_batch)
+    return found

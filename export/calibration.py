@@ -18,7 +18,7 @@ from phaseline.runtime.errors import ImageError, MissingInputError
 # Textured images that scikit-image's wheel holds, so that reading them downloads nothing.
 BUNDLED = ("brick", "camera", "cell", "coins", "grass", "gravel", "immunohistochemistry", "microaneurysms", "moon",
            "page", "text")
-_SUFFIXES = {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
+SUFFIXES = {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
 # Rec. 709, scikit-image's.
 _LUMA = np.array([0.2125, 0.7154, 0.0721])
 
@@ -73,10 +73,21 @@ def load_images(folder: Path | None, in_channels: int) -> list[U8]:
         return [_planes(getattr(data, name)(), in_channels, name) for name in BUNDLED]
     if not folder.is_dir():
         raise MissingInputError(f"no folder of calibration images at {folder}")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise MissingInputError(f"{folder} holds no image; expected some of {', '.join(sorted(_SUFFIXES))}")
-    return [_planes(_read(file), in_channels, str(file)) for file in files]
+        raise MissingInputError(f"{folder} holds no image; expected some of {', '.join(sorted(SUFFIXES))}")
+    return [load_image(file, in_channels) for file in files]
+
+
+def load_image(file: Path, in_channels: int) -> U8:
+    """One image file as `load_images` reads it: uint8 array of shape (channels, rows, cols).
+
+    Raises
+    ------
+    ImageError
+        It cannot be read.
+    """
+    return _planes(_read(file), in_channels, str(file))
 
 
 def views_of(image: U8, tile_px: int) -> Iterator[U8]:

@@ -30,6 +30,12 @@ def export_command(
     in_channels: Annotated[int, typer.Option(help="1: grey images, 3: RGB.")] = 1,
     precision: Annotated[str, typer.Option(
         help="fp32; fp16: stored, and on GPUs computed, in half precision; int8: matrix products, for CPUs.")] = "fp32",
+    upsampler: Annotated[str | None, typer.Option(metavar="FILE",
+        help="An upsampler, for pixel features: a published checkpoint, a file of `phaseline train upsampler`, or "
+             "random:SEED.")] = None,
+    pixel_channels: Annotated[int | None, typer.Option(
+        help="Pixel features, the first ones of the upsampler; all if not given.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Markdown file: the model card to put into the bundle.")] = None,
     facets: Annotated[str, typer.Option(help="Also write the last block's facets: some of key,query,value.")] = "",
     max_batch: Annotated[int, typer.Option(help="The most tiles in one call (int8: always 1).")] = 8,
     calibration: Annotated[Path | None, typer.Option(
@@ -59,9 +65,11 @@ def export_command(
     options = ExportOptions(
         backbone=backbone, weights=weights, stride_px=stride, tile_px=tile, channels=channels, in_channels=in_channels,
         precision=cast(Precision, precision), facets=tuple(cast(Facet, name) for name in facets.split(",") if name),
-        max_batch=max_batch, calibration=calibration, tolerance=tolerance)
+        upsampler=upsampler, pixel_channels=pixel_channels, card=card, max_batch=max_batch, calibration=calibration,
+        tolerance=tolerance)
     if engine == "tensorrt":
         trt_plan.require_tensorrt(options.precision)
     bundle = write_bundle(options, out, overwrite=overwrite, say=say)
     if engine == "tensorrt":
-        say(f"wrote {trt_plan.build_plan(bundle)}")
+        for pixels in (False, True) if bundle.spec.has_upsampler else (False,):
+            say(f"wrote {trt_plan.build_plan(bundle, pixels=pixels)}")

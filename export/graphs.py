@@ -13,13 +13,14 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
-from phaseline.export.strided import StridedViT
-from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, TILES
+from phaseline.runtime.contract import TILES
 from phaseline.runtime.errors import ExportError
 
 # The newest that TensorRT 10 reads entirely; it has Gelu and LayerNormalization as single operators.
@@ -27,14 +28,20 @@ OPSET = 20
 # Tensors below this many values stay as they are: halving saves nothing, and biases and norms keep their precision.
 HALF_FROM_SIZE = 4096
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def trace(module: StridedViT, *, max_batch: int) -> ir.Model:
-    """Trace the module to ONNX.
+
+def trace(module: nn.Module, tile: tuple[int, int, int], outputs: Sequence[str], *, max_batch: int) -> ir.Model:
+    """Trace a module to ONNX.
 
     Parameters
     ----------
     module
-        To be traced, in one of the forms.
+        Takes uint8 tiles; in one of the forms.
+    tile
+        Shape of a tile, (channels, T, T).
+    outputs
+        Names of what it gives.
     max_batch
         The most tiles in one call.
 
@@ -43,14 +50,13 @@ def trace(module: StridedViT, *, max_batch: int) -> ir.Model:
     ExportError
         torch could not trace it.
     """
-    side = module.stride * (module.grid - 1) + module.patch_weight.shape[-1]
-    example = torch.zeros(2, module.patch_weight.shape[1], side, side, dtype=torch.uint8)
+    example = torch.zeros(2, *tile, dtype=torch.uint8)
     batch = torch.export.Dim("n", min=1, max=max(2, max_batch))
     with _quiet_exporter():
         try:
             program = torch.onnx.export(
                 module, (example,), dynamo=True, dynamic_shapes={"tiles": {0: batch}}, opset_version=OPSET,
-                verbose=False, input_names=[TILES], output_names=[PATCH_FEATURES, ATTENTION, *module.facets])
+                verbose=False, input_names=[TILES], output_names=list(outputs))
         except (torch.onnx.errors.OnnxExporterError, torch.fx.experimental.symbolic_shapes.ConstraintViolationError,
                 RuntimeError) as error:
             raise ExportError(f"torch could not write the graph: {_root_cause(error)}") from error
@@ -63,7 +69,7 @@ def trace(module: StridedViT, *, max_batch: int) -> ir.Model:
     return model
 
 
-def round_to_half(module: StridedViT) -> StridedViT:
+def round_to_half(module: Module) -> Module:
     """A copy whose large tensors hold only values that float16 has, so that storing them halved loses nothing more.
 
     Raises

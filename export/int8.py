@@ -14,29 +14,32 @@ import onnx_ir as ir
 
 from phaseline.export.graphs import drop_unused
 from phaseline.runtime.contract import F32
+from phaseline.runtime.errors import ExportError
 
 MAX_BATCH = 1
 
 
-def quantise_blocks(model: ir.Model, *, projected: bool) -> int:
+def quantise_blocks(model: ir.Model, count: int) -> None:
     """Replace the products with constant matrices by ``com.microsoft.DynamicQuantizeMatMul``, in place.
 
     Parameters
     ----------
     model
         A ``cpu`` graph in float32.
-    projected
-        Whether the graph ends with the D→k projection, which stays in float32: it is small, and what users see.
+    count
+        Products of the blocks, which come first; what follows stays in float32: the projection is small, and what users see.
 
-    Returns
-    -------
-    The number of products replaced.
+    Raises
+    ------
+    ExportError
+        The graph has fewer.
     """
     graph = model.graph
-    products = [node for node in graph if node.op_type == "MatMul" and _is_matrix(node.inputs[1])]
-    if projected:
-        # Nodes are in order of computation, and the projection needs every block.
-        products = products[:-1]
+    # Nodes are in order of computation, and the projection needs every block.
+    products = [node for node in graph if node.op_type == "MatMul" and _is_matrix(node.inputs[1])][:count]
+    if len(products) < count:
+        raise ExportError(f"the graph has {len(products)} products with constant matrices, expected the blocks' {count}; use the "
+                          "tested versions of torch and onnxscript, or export with --precision fp16")
     for node in products:
         data, weight = node.inputs
         assert weight is not None and weight.const_value is not None
@@ -49,7 +52,6 @@ def quantise_blocks(model: ir.Model, *, projected: bool) -> int:
         ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], [old], [new])
     model.opset_imports["com.microsoft"] = 1
     drop_unused(model)
-    return len(products)
 
 
 def quantise_columns(matrix: F32) -> tuple[npt.NDArray[np.int8], F32]:

@@ -1,4 +1,4 @@
-"""Writing graphs to disk: every form beside one file of weights, in which equal tensors are stored once."""
+"""Writing graphs to disk: all of them beside one file of weights, in which equal tensors are stored once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from phaseline.runtime.contract import GraphForm
-
 WEIGHTS_FILE = "weights.bin"
 # Smaller tensors stay inside the graph's own file.
 _INLINE_BYTES = 1024
@@ -17,19 +15,19 @@ _INLINE_BYTES = 1024
 _ALIGNMENT = 64
 
 
-def write_graphs(models: Mapping[GraphForm, ir.Model], folder: Path) -> dict[str, str]:
-    """Write ``FORM.onnx`` for each form, and the weights that they share.
+def write_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, str]:
+    """Write ``NAME.onnx`` for each graph, and the weights that they share.
 
     Parameters
     ----------
     models
-        Form to graph; changed in that their tensors afterwards lie on disk.
+        Name to graph; changed in that their tensors afterwards lie on disk.
     folder
         Existing folder.
 
     Returns
     -------
-    Form to file name.
+    Name to file name.
     """
     offsets: dict[str, int] = {}
     with (folder / WEIGHTS_FILE).open("wb") as stream:
@@ -48,8 +46,8 @@ def write_graphs(models: Mapping[GraphForm, ir.Model], folder: Path) -> dict[str
                     WEIGHTS_FILE, offsets[key], len(content), tensor.dtype, shape=ir.Shape(tensor.numpy().shape),
                     name=value.name or "", base_dir=folder)
     files: dict[str, str] = {}
-    for form, model in models.items():
-        files[form] = f"{form}.onnx"
+    for name, model in models.items():
+        files[name] = f"{name}.onnx"
         model.producer_name, model.producer_version = "phaseline", None
-        ir.save(model, folder / files[form])
+        ir.save(model, folder / files[name])
     return files

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +29,23 @@ class Projection:
     mean
         float64 array of shape (D,).
     components
-        float64 array of shape (D, k), orthonormal columns by falling variance; each column's largest entry is positive.
+        float64 array of shape (D, k). Fitted: orthonormal columns by falling variance, each column's largest entry positive.
     tokens
-        Tokens that it was fitted on.
+        Tokens that it was fitted on; 0 if it was trained with the backbone.
     explained_variance
-        Share of their variance that the k components hold, 0–1.
+        Share of their variance that the k components hold, 0–1; NaN if it was trained.
     """
 
     mean: F64
     components: F64
     tokens: int
     explained_variance: float
+
+    @classmethod
+    def trained(cls, weight: torch.Tensor) -> Self:
+        """The projection that was trained with the backbone: `weight` of shape (k, D)."""
+        components: F64 = weight.double().numpy().T.copy()
+        return cls(mean=np.zeros(len(components)), components=components, tokens=0, explained_variance=float("nan"))
 
     def as_linear(self) -> nn.Linear:
         """The same map as a float32 layer with bias −mean @ components."""

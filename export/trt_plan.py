@@ -76,11 +76,14 @@ def unsupported(model: ir.Model) -> list[str]:
     return found
 
 
-def plan_path(bundle: Bundle, tensorrt_version: str, gpu: str) -> Path:
-    """Where a plan lies: named by the graph's content, the TensorRT that built it, and the GPU it is for."""
+def plan_path(bundle: Bundle, tensorrt_version: str, gpu: str, *, pixels: bool = False) -> Path:
+    """Where a plan lies: named by the graph's content, the TensorRT that built it, and the GPU it is for.
+
+    `pixels` asks for the fused graph's, tiles → pixel features.
+    """
     graph = hashlib.sha256()
-    weights = [name for name in bundle.spec.files if not name.endswith(".onnx")]
-    for name in [bundle.spec.graphs["portable"], *sorted(weights)]:
+    weights = [name for name in bundle.spec.files if name.endswith(".bin")]
+    for name in [(bundle.spec.pixel_graphs if pixels else bundle.spec.graphs)["portable"], *sorted(weights)]:
         graph.update(bundle.spec.files[name].sha256.encode())
     device = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-")
     return bundle.path / PLANS / f"{graph.hexdigest()}_trt{tensorrt_version}_{device}.plan"
@@ -112,13 +115,15 @@ def require_tensorrt(precision: Precision) -> Any:
     return tensorrt
 
 
-def build_plan(bundle: Bundle) -> Path:
-    """Build the TensorRT plan of a bundle for this machine's GPU, unless it is there already.
+def build_plan(bundle: Bundle, *, pixels: bool = False) -> Path:
+    """Build the TensorRT plan of one of a bundle's graphs for this machine's GPU, unless it is there already.
 
     Parameters
     ----------
     bundle
         With a portable graph. Its types decide: the network is strongly typed, float16 where it was verified.
+    pixels
+        Of the fused graph, tiles → pixel features.
 
     Returns
     -------
@@ -134,16 +139,17 @@ def build_plan(bundle: Bundle) -> Path:
     trt = require_tensorrt(bundle.spec.precision)
     import torch
 
-    plan = plan_path(bundle, str(trt.__version__), torch.cuda.get_device_name())
+    graph = bundle.pixel_graph("portable") if pixels else bundle.graph("portable")
+    plan = plan_path(bundle, str(trt.__version__), torch.cuda.get_device_name(), pixels=pixels)
     if plan.exists():
         return plan
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(bundle.graph("portable"))):
+    if not parser.parse_from_file(str(graph)):
         reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise EngineError(f"TensorRT {trt.__version__} refused {bundle.graph('portable')}: {reasons}")
+        raise EngineError(f"TensorRT {trt.__version__} refused {graph}: {reasons}")
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     spec = bundle.spec
@@ -152,7 +158,7 @@ def build_plan(bundle: Bundle) -> Path:
     config.add_optimization_profile(profile)
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
-        raise EngineError(f"TensorRT {trt.__version__} could not build a plan of {bundle.graph('portable')}; "
+        raise EngineError(f"TensorRT {trt.__version__} could not build a plan of {graph}; "
                           "see its messages above")
     plan.parent.mkdir(exist_ok=True)
     partial = plan.with_suffix(".partial")

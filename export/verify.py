@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from phaseline.export.strided import StridedViT
 from phaseline.runtime.compare import Deviation, deviation
-from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, TILES, U8, Precision
+from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, PIXEL_FEATURES, TILES, U8, Precision
 from phaseline.runtime.errors import MissingExtraError, ParityError
 
 # Largest deviation of the patch features relative to their scale, and least cosine. float16 outputs alone cost 5e-4.
@@ -21,6 +20,7 @@ TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5}
 MIN_COSINE: Mapping[Precision, float] = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.98}
 BATCHES = (1, 3)
 NOISE = 4.0
+Reference = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,16 @@ def noisy(images: Sequence[U8], count: int, seed: int = 0) -> U8:
     return tiles.round().clip(0, 255).astype(np.uint8)
 
 
-def compare_graphs(reference: StridedViT, graphs: Mapping[str, Path], tiles: Sequence[U8], *, max_batch: int
-                   ) -> list[Comparison]:
+def compare_graphs(reference: Reference, names: Sequence[str], graphs: Mapping[str, Path], tiles: Sequence[U8], *,
+                   max_batch: int) -> list[Comparison]:
     """Run every graph on one tile and on three, and torch.
 
     Parameters
     ----------
     reference
-        In float32.
+        What torch computes, in float32: uint8 tiles (n, channels, T, T) → one tensor an output.
+    names
+        Of the outputs.
     graphs
         Form to file.
     tiles
@@ -83,13 +85,12 @@ def compare_graphs(reference: StridedViT, graphs: Mapping[str, Path], tiles: Seq
     ParityError
         A graph gives NaN or infinity.
     """
-    names = [PATCH_FEATURES, ATTENTION, *reference.facets]
     found = []
     batches = {batch: noisy(tiles, batch) for batch in BATCHES}
     expected: dict[int, list[npt.NDArray[np.float32]]] = {}
     for batch, array in batches.items():
         with torch.inference_mode():
-            expected[batch] = [t.float().numpy() for t in reference.float_maps(torch.from_numpy(array))]
+            expected[batch] = [t.numpy() for t in reference(torch.from_numpy(array))]
     for form, path in graphs.items():
         session = _session(path)
         for batch, array in batches.items():
@@ -133,10 +134,13 @@ def judge(comparisons: Sequence[Comparison], precision: Precision, tolerance: fl
 
 def parity_numbers(comparisons: Sequence[Comparison]) -> dict[str, float]:
     """The worst of each number, as a bundle records them."""
-    features = [c.deviation for c in comparisons if c.output == PATCH_FEATURES]
-    attention = [c.deviation for c in comparisons if c.output == ATTENTION]
-    return {"max_abs": max(d.max_abs for d in features), "max_rel": max(d.max_rel for d in features),
-            "cosine": min(d.cosine for d in features), "attention_max_abs": max(d.max_abs for d in attention)}
+    features, attention, pixels = ([c.deviation for c in comparisons if c.output == name]
+                                   for name in (PATCH_FEATURES, ATTENTION, PIXEL_FEATURES))
+    numbers = {"max_abs": max(d.max_abs for d in features), "max_rel": max(d.max_rel for d in features),
+               "cosine": min(d.cosine for d in features), "attention_max_abs": max(d.max_abs for d in attention)}
+    if pixels:
+        numbers |= {"pixel_max_abs": max(d.max_abs for d in pixels), "pixel_cosine": min(d.cosine for d in pixels)}
+    return numbers
 
 
 def _session(path: Path) -> Any:

@@ -5,6 +5,7 @@ A file may have timm's own key names, or those of Meta's releases:
     DINO, DeiT   as timm's; heads, ``teacher``/``model`` wrappers and ``module.``/``backbone.`` prefixes are ignored
     DINOv2       blocks possibly chunked (``blocks.CHUNK.BLOCK.``); ``register_tokens``; with registers the position
                  embedding has an entry for [CLS] that timm adds to the token beforehand; SwiGLU's ``w12``/``w3``
+    phaseline    `phaseline train backbone`: timm's names, and the projection that was trained along (`trained_projection`)
     DINOv3       ``storage_tokens``, ``ls1.gamma``, biases of fused query/key/value; stored rotation periods
 """
 
@@ -29,9 +30,10 @@ from phaseline.runtime.errors import MissingInputError, UsageError, WeightsError
 State = dict[str, torch.Tensor]
 
 _WRAPPERS = ("model", "state_dict", "teacher", "model_ema")
+PROJECTION = "projection.weight"
 _PREFIXES = ("module.", "backbone.", "_orig_mod.")
 # Parts that only training needs, or that end in a classifier.
-_IGNORED = re.compile(r"(mask_token|head|head_dist|heads|fc_norm|dino_head|ibot_head|local_cls_norm|projectors)(\.|$)|"
+_IGNORED = re.compile(r"(mask_token|head|head_dist|heads|fc_norm|dino_head|ibot_head|local_cls_norm|projectors|projection)(\.|$)|"
                       r".*\.(bias_mask|periods)$|rope_embed\.|rope\.")
 
 
@@ -100,6 +102,26 @@ def read_state(path: Path) -> State:
     if not state:
         raise WeightsError(f"{path} holds no tensors by name; expected a state dict")
     return state
+
+
+def trained_projection(weights: str) -> torch.Tensor | None:
+    """The projection in a file of `phaseline train backbone`: float tensor of shape (k, D); None if there is none.
+
+    Parameters
+    ----------
+    weights
+        As `load_backbone` takes it.
+
+    Raises
+    ------
+    WeightsError
+        The file cannot be read.
+    """
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    found = read_state(path).get(PROJECTION)
+    return None if found is None else found.float()
 
 
 def load_state(backbone: Backbone, state: Mapping[str, torch.Tensor], origin: str) -> None:

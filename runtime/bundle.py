@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phaseline.runtime.contract import BundleFile, BundleSpec, GraphForm
-from phaseline.runtime.errors import BundleError, MissingInputError
+from phaseline.runtime.errors import BundleError, MissingInputError, UsageError
 
 MANIFEST = "bundle.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"
@@ -43,6 +43,22 @@ class Bundle:
             raise BundleError(f"{self.path} ({self.spec.precision}) has no {form} graph, only "
                               f"{', '.join(self.spec.graphs)}; use --device cpu, or export with --precision fp16")
         return self.path / self.spec.graphs[form]
+
+    def pixel_graph(self, form: GraphForm) -> Path:
+        """File of the fused graph, tiles → pixel features, in one form.
+
+        Raises
+        ------
+        UsageError
+            The bundle has no upsampler.
+        BundleError
+            The bundle has no such form.
+        """
+        if not self.spec.has_upsampler:
+            raise UsageError(f"{self.path} has no upsampler, so it gives no pixel features; use bilinear interpolation, or "
+                             "export a bundle with --upsampler")
+        self.graph(form)
+        return self.path / self.spec.pixel_graphs[form]
 
 
 def describe_file(path: Path) -> BundleFile:

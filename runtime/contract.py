@@ -1,9 +1,11 @@
 """What the parts of phaseline promise each other: the bundle's specification and the one seam, `FeatureSource`.
 
     uint8 tiles (n, channels, T, T) ──▶ FeatureSource ──▶ float16 patch features (n, k, h, w)
-                                                     └──▶ float16 [CLS] attention (n, heads, h, w)
+                                                     ├──▶ float16 [CLS] attention (n, heads, h, w)
+                                                     └──▶ float16 pixel features (n, k', T, T)
 
-with h = w = 1 + (T - P) // s for patch size P and stride s.
+with h = w = 1 + (T - P) // s for patch size P and stride s. Pixel features are what the convolutional upsampler makes of
+patch features and tile (arXiv 2508.21529 §3.1), in bundles that hold one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy.typing as npt
 
 from phaseline.runtime.errors import BundleError
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 Precision = Literal["fp32", "fp16", "int8"]
 GraphForm = Literal["cpu", "portable"]
 Facet = Literal["query", "key", "value"]
@@ -31,6 +33,7 @@ FACETS: tuple[Facet, ...] = get_args(Facet)
 TILES = "tiles"
 PATCH_FEATURES = "patch_features"
 ATTENTION = "attention"
+PIXEL_FEATURES = "pixel_features"
 
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
@@ -92,11 +95,22 @@ class BundleSpec:
         (absent from int8 bundles).
     files
         Every file of the bundle but `bundle.json`, by name.
+    pixel_graphs
+        Form to file name of the fused graph, tiles → pixel features: backbone, projection and upsampler. Empty without
+        upsampler.
+    pixel_channels
+        k', channels of the pixel features; 0 without upsampler.
+    upsampler
+        Of the upsampler: ``name``, ``weights`` (where they came from, as above), ``trained`` (bool), ``hidden`` (channels); empty
+        without.
+    card
+        File name of the model card; empty if there is none.
     projection
-        How the frozen D→k projection was fitted: ``images``, ``views``, ``tokens``, ``explained_variance``; empty if k = D.
+        How the frozen D→k projection was fitted: ``source``, and unless it was trained with the backbone ``images``, ``views``,
+        ``tokens``, ``explained_variance``; empty if k = D.
     parity
-        Deviation of the written graph from torch, measured at export: ``max_abs``, ``max_rel``, ``cosine``, and for
-        attention ``attention_max_abs``.
+        Deviation of the written graph from torch, measured at export: ``max_abs``, ``max_rel``, ``cosine``, for
+        attention ``attention_max_abs``, and with an upsampler ``pixel_max_abs`` and ``pixel_cosine``.
     versions
         Versions of the packages that wrote it.
     """
@@ -116,6 +130,10 @@ class BundleSpec:
     graphs: Mapping[str, str]
     files: Mapping[str, BundleFile]
     facets: tuple[Facet, ...] = ()
+    pixel_graphs: Mapping[str, str] = field(default_factory=dict)
+    pixel_channels: int = 0
+    upsampler: Mapping[str, float | int | str] = field(default_factory=dict)
+    card: str = ""
     projection: Mapping[str, float | int | str] = field(default_factory=dict)
     parity: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -140,11 +158,21 @@ class BundleSpec:
         check(all(f in FACETS for f in self.facets), "facets", f"some of {', '.join(FACETS)}")
         check("cpu" in self.graphs and set(self.graphs.values()) <= set(self.files), "graphs",
               "a 'cpu' graph, and only graphs that are listed in files")
+        check(set(self.pixel_graphs) in (set(), set(self.graphs)) and set(self.pixel_graphs.values()) <= set(self.files),
+              "pixel_graphs", "the same forms as graphs, or none, and only graphs that are listed in files")
+        check((self.pixel_channels > 0) == bool(self.pixel_graphs), "pixel_channels",
+              "a positive integer, or 0 without upsampler")
+        check(not self.card or self.card in self.files, "card", "a file that is listed in files, or none")
 
     @property
     def grid(self) -> int:
         """h = w, tokens along a tile's side."""
         return 1 + (self.tile_px - self.patch_px) // self.stride_px
+
+    @property
+    def has_upsampler(self) -> bool:
+        """Whether the bundle gives pixel features."""
+        return bool(self.pixel_graphs)
 
     def digest(self) -> str:
         """Hash that names the bundle, 64 hexadecimal digits: over the whole specification, hence over every file."""
@@ -219,6 +247,29 @@ class FeatureSource(Protocol):
         ------
         float16 array of shape (k, h, w) for each tile, in their order.
         """
+        ...
+
+    def pixel_features(self, tiles: U8) -> F16:
+        """Features of every pixel, by the bundle's upsampler.
+
+        Parameters
+        ----------
+        tiles
+            As `patch_features`.
+
+        Returns
+        -------
+        float16 array of shape (n, k', T, T).
+
+        Raises
+        ------
+        UsageError
+            The bundle has no upsampler.
+        """
+        ...
+
+    def iter_pixel_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        """As `iter_patch_features`: float16 array of shape (k', T, T) for each tile."""
         ...
 
     def attention(self, tiles: U8) -> F16:

@@ -14,6 +14,7 @@
     ├── ExportError (RuntimeError)           a backbone that cannot be exported
     │   ├── WeightsError                     weights that do not fit the backbone
     │   └── ParityError                      the written graph deviates from torch
+    ├── TrainingError (RuntimeError)         a training that cannot begin, go on, or be resumed
     ├── ServerError (ConnectionError)        a server that could not do what was asked
     │   ├── ServerUnavailableError           none can be reached, it went away, or a model is not ready
     │   ├── ServerBusyError                  its queue is full; `retry_after_s` says when to ask again
@@ -85,6 +86,10 @@ class WeightsError(ExportError, ValueError):
 
 class ParityError(ExportError):
     """The written graph deviates from torch by more than the tolerance."""
+
+
+class TrainingError(PhaselineError, RuntimeError):
+    """A training that cannot begin, go on, or be resumed."""
 
 
 class ServerError(PhaselineError, ConnectionError):

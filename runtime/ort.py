@@ -21,6 +21,9 @@ PROVIDER_NAMES: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+# x ─▶ Identity ─▶ y: an ONNX file in protobuf's wire format, which a provider is tried on before a real graph is read.
+_SMALLEST_GRAPH = bytes.fromhex(
+    "08083a2b0a100a017812017922084964656e746974791201675a090a017812040a02080162090a017912040a02080142021011")
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +40,17 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise MissingExtraError("ONNX Runtime", "cpu", "running a bundle") from error
     return onnxruntime
+
+
+def check_provider(provider: Provider) -> None:
+    """Find out whether a provider works here, without a bundle's graph.
+
+    Raises
+    ------
+    EngineUnavailableError
+        ONNX Runtime has it not, or could not start it.
+    """
+    _open_session(_SMALLEST_GRAPH, [PROVIDER_NAMES[provider]], threads=1)
 
 
 class OrtEngine:
@@ -64,31 +78,14 @@ class OrtEngine:
         self._session: onnxruntime.InferenceSession | None = None
 
     def __enter__(self) -> Self:
-        ort = import_onnxruntime()
         name = PROVIDER_NAMES[self.provider]
-        if name not in ort.get_available_providers():
-            raise EngineUnavailableError(f"{name} was asked for, and ONNX Runtime {ort.__version__} here has "
-                                         f"{', '.join(ort.get_available_providers())}; pip install '.[gpu]', "
-                                         "or use --device cpu")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0
         providers: list[Any] = [name]
         if self.provider == "tensorrt":
             if self.cache is not None:
                 self.cache.mkdir(parents=True, exist_ok=True)
             providers = [(name, {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(self.cache),
                                  "trt_fp16_enable": True}), PROVIDER_NAMES["cuda"]]
-        try:
-            session = ort.InferenceSession(str(self.graph), options, providers=providers)
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot open {self.graph}: {_one_line(error)}") from error
-        # A provider whose libraries are missing is dropped by ONNX Runtime with no more than a log line.
-        if session.get_providers()[0] != name:
-            raise EngineUnavailableError(f"{name} was asked for, but ONNX Runtime could not start it and offers "
-                                         f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries, "
-                                         "or use --device cpu")
-        self._session = session
+        self._session = _open_session(self.graph, providers, self.threads)
         log.debug("opened %s on %s", self.graph, name)
         return self
 
@@ -127,6 +124,30 @@ class OrtEngine:
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed on tiles of shape {tiles.shape}: {_one_line(error)}") from error
         return results
+
+
+def _open_session(graph: Path | bytes, providers: list[Any], threads: int | None) -> onnxruntime.InferenceSession:
+    """A session whose first provider is the first of `providers`."""
+    ort = import_onnxruntime()
+    name = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if name not in ort.get_available_providers():
+        raise EngineUnavailableError(f"{name} was asked for, and ONNX Runtime {ort.__version__} here has "
+                                     f"{', '.join(ort.get_available_providers())}; pip install '.[gpu]', or use --device cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    try:
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=providers)
+    except Exception as error:
+        if isinstance(graph, bytes):
+            raise EngineUnavailableError(f"ONNX Runtime cannot start {name}: {_one_line(error)}; use --device cpu") from error
+        raise EngineError(f"ONNX Runtime cannot open {graph}: {_one_line(error)}") from error
+    # A provider whose libraries are missing is dropped by ONNX Runtime with no more than a log line.
+    if session.get_providers()[0] != name:
+        raise EngineUnavailableError(f"{name} was asked for, but ONNX Runtime could not start it and offers "
+                                     f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries, "
+                                     "or use --device cpu")
+    return session
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a phaseline server and its clients promise each other: names of models, tensors and parameters (KServe v2).
 
     backbone          tiles (n, c, T, T) uint8 ──▶ patch_features (n, k, h, w), attention (n, heads, h, w) float16
+    features          tiles (n, c, T, T) uint8 ──▶ pixel_features (n, k', T, T) float16; if the bundle has an upsampler
     segment_NAME      image_DTYPE (planes, rows, cols[, 3]) ──▶ labels, confidence (planes, rows, cols)
     recipes           request (JSON), files ──▶ answer (JSON): publish, rollback, withdraw, list
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
+from phaseline.runtime.contract import PIXEL_FEATURES, BundleSpec
 from phaseline.runtime.errors import UsageError
 
 BACKBONE = "backbone"
+FEATURES = "features"
 RECIPES = "recipes"
 SEGMENT_PREFIX = "segment_"
 
@@ -29,7 +32,7 @@ ANSWER = "answer"
 
 # Parameters in a model's configuration, all text.
 BUNDLE_PARAMETER = "bundle"
-"""Of backbone: the text of `bundle.json`."""
+"""Of backbone and features: the text of `bundle.json`."""
 RECIPE_PARAMETER = "recipe"
 """Of segment_NAME: JSON with ``hash``, ``bundle``, ``classes``, ``image_channels``, ``window_kind`` and ``version``."""
 MAX_PIXELS_PARAMETER = "max_pixels"
@@ -45,6 +48,16 @@ Priority = Literal["interactive", "batch"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 PRIORITY_LEVELS: dict[Priority, int] = {"interactive": 1, "batch": 2}
 """Triton's levels: the lower number goes first."""
+
+
+def network_models(spec: BundleSpec) -> tuple[str, ...]:
+    """The models that run a bundle's graphs."""
+    return (BACKBONE, FEATURES) if spec.has_upsampler else (BACKBONE,)
+
+
+def model_of(output: str) -> str:
+    """The model that gives an output of a bundle's graphs."""
+    return FEATURES if output == PIXEL_FEATURES else BACKBONE
 
 
 def segment_model(name: str) -> str:

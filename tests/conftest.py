@@ -45,10 +45,11 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle that runs in milliseconds: 56 px tiles, 8 channels, batches of up to 8."""
+    """A bundle that runs in milliseconds: 56 px tiles, 8 channels, batches of up to 8; pixel features from a random upsampler."""
     from phaseline.export.bundle_writer import ExportOptions, write_bundle
 
-    options = ExportOptions(backbone="vit-32-2-2-p14", weights="random:0", stride_px=7, tile_px=56, channels=8, precision="fp32")
+    options = ExportOptions(backbone="vit-32-2-2-p14", weights="random:0", stride_px=7, tile_px=56, channels=8, precision="fp32",
+                            upsampler="random:0")
     return write_bundle(options, tmp_path_factory.mktemp("bundle") / "tiny")
 
 

@@ -21,10 +21,18 @@ def make_spec(**changes: object) -> BundleSpec:
     return BundleSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
+WITH_UPSAMPLER: dict[str, object] = {
+    "pixel_graphs": {"cpu": "cpu_pixels.onnx"}, "pixel_channels": 2, "card": "card.md",
+    "upsampler": {"name": "fake", "weights": "file:fake.pth", "trained": True, "hidden": 4},
+    "files": {name: BundleFile("0" * 64, 1) for name in ("cpu.onnx", "cpu_pixels.onnx", "card.md")},
+}
+"""Changes for `make_spec`."""
+
+
 class FakeSource:
     """Each patch's mean, horizontal slope and vertical slope: features that follow shifts and flips as a ViT's do.
 
-    `calls` keeps the size of each batch.
+    Pixel features, with `WITH_UPSAMPLER`: each pixel's value, and that of the pixel below. `calls` keeps the size of each batch.
     """
 
     def __init__(self, **changes: object) -> None:
@@ -49,7 +57,15 @@ class FakeSource:
         return np.stack(features, axis=1).astype(np.float16)
 
     def iter_patch_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
-        return in_batches(self, tiles)
+        return in_batches(self.patch_features, tiles, self.spec.max_batch)
+
+    def pixel_features(self, tiles: U8) -> F16:
+        self.calls.append(len(tiles))
+        grey = tiles.mean(axis=1)
+        return np.stack([grey, np.roll(grey, -1, axis=1)], axis=1).astype(np.float16)
+
+    def iter_pixel_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        return in_batches(self.pixel_features, tiles, self.spec.max_batch)
 
     def attention(self, tiles: U8) -> F16:
         return np.full((len(tiles), self.spec.heads, self.spec.grid, self.spec.grid), 0.5, np.float16)

@@ -1,7 +1,9 @@
-"""What tests of the server share: a tiny bundle, recipes, a seeded frame, and what a server may leave behind."""
+"""What tests of the server share: bundles, recipes, a seeded frame, and what a server may leave behind."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from phaseline.clients.classical import ClassicalFeatures
 from phaseline.clients.features import DeepFeatures
 from phaseline.clients.fit import fit
 from phaseline.clients.recipe import Recipe
-from phaseline.runtime.bundle import Bundle
+from phaseline.runtime.average import PixelSampling
+from phaseline.runtime.bundle import MANIFEST, Bundle, open_bundle
 from phaseline.runtime.ownership import SHARED_MEMORY, is_abandoned
 from phaseline.runtime.source import LocalSource
 
@@ -35,15 +38,28 @@ def strokes(image: U16, values: tuple[int, int] = (1, 2)) -> npt.NDArray[np.uint
     return (values[0] * (smooth < low) + values[1] * (smooth > high)).astype(np.uint16)
 
 
-def fit_recipe(bundle: Bundle | None, transforms: str = "none", values: tuple[int, int] = (1, 2), seed: int = 0) -> Recipe:
+def without_upsampler(bundle: Bundle, folder: Path) -> Bundle:
+    """A copy of a bundle that gives no pixel features."""
+    shutil.copytree(bundle.path, folder)
+    files = {name: file for name, file in bundle.spec.files.items() if name not in bundle.spec.pixel_graphs.values()}
+    spec = dataclasses.replace(bundle.spec, pixel_graphs={}, pixel_channels=0, upsampler={}, files=files)
+    (folder / MANIFEST).write_text(spec.to_json(), encoding="utf-8")
+    return open_bundle(folder)
+
+
+def fit_recipe(
+    bundle: Bundle | None, transforms: str = "none", values: tuple[int, int] = (1, 2), seed: int = 0,
+    interpolation: str = "bilinear",
+) -> Recipe:
     """A recipe for frames as `frame` makes them: deep and a few classical features, or the latter only."""
     image = frame(1000 + seed)
     classical = ClassicalFeatures(sigmas=(0, 1, 2))
     if bundle is None:
         return fit([image], [strokes(image, values)], classical=classical, seed=seed, threads=2)
+    sampling = PixelSampling.for_bundle(bundle.spec, interpolation=interpolation)
     with LocalSource(bundle, "cpu", 2) as source:
         return fit([image], [strokes(image, values)], source=source, classical=classical, seed=seed, threads=2,
-                   deep=DeepFeatures.for_bundle(bundle.spec, transforms), bundle_path=str(bundle.path))
+                   deep=DeepFeatures.for_bundle(bundle.spec, transforms, sampling), bundle_path=str(bundle.path))
 
 
 def shared_memory() -> set[str]:

@@ -20,9 +20,10 @@ from PIL import Image
 from phaseline.clients.__main__ import run
 from phaseline.clients.fit import fit
 from phaseline.clients.segmenter import Segmenter
-from phaseline.runtime.bundle import DEFAULT_BUNDLE, MANIFEST, open_bundle
+from phaseline.runtime.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle, open_bundle
 from phaseline.runtime.contract import BundleSpec
 from phaseline.runtime.source import LocalSource
+from tests.serving import without_upsampler
 
 U8 = npt.NDArray[np.uint8]
 
@@ -225,23 +226,68 @@ def test_features_command(workplace: Path, tmp_path: Path) -> None:
     assert run(["features", str(workplace / "images" / "a.png"), "--out", str(out), "--quiet", "--device", "cpu"]) == 0
     features = np.load(out)
     assert features.dtype == np.float16
-    assert features.shape == (open_bundle("default").spec.channels, 250, 220)
+    assert features.shape == (open_bundle("default").spec.pixel_channels, 250, 220)
     colours = read(out.with_suffix(".png"))
     assert colours.shape == (250, 220, 3)
     assert colours.std(axis=(0, 1)).min() > 10
 
 
 def test_info(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in (([], "engine cpu"), (["default"], "random:0 (untrained)"),
-                            ([str(workplace / "deep")], "transforms none"), ([str(workplace / "classical")], "7 class 7")):
+    for words, expected in (([], "engine cpu"), ([str(workplace / "deep")], "transforms none, learned interpolation, boundary"),
+                            ([str(workplace / "classical")], "7 class 7")):
         assert run(["info", *words]) == 0
         assert expected in capsys.readouterr().out
 
 
-def test_untrained_weights_are_said(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["segment", str(workplace / "images" / "a.png"), "--out", str(tmp_path / "a.png"), "--recipe",
-                str(workplace / "deep")]) == 0
+def test_info_of_the_default_bundle_shows_card_provenance_and_hashes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "default"]) == 0
+    said, bundle = capsys.readouterr().out, open_bundle("default")
+    assert bundle.hash in said and f"weights {bundle.spec.weights}" in said
+    assert f"{bundle.spec.upsampler['name']}, weights {bundle.spec.upsampler['weights']}" in said
+    assert f"{bundle.spec.upsampler['hidden']} hidden channels, {bundle.spec.pixel_channels} pixel channels" in said
+    for name, file in bundle.spec.files.items():
+        assert f"{name}, {file.size_bytes} bytes, sha256 {file.sha256}" in said
+    card = (bundle.path / bundle.spec.card).read_text(encoding="utf-8")
+    assert all(line in said for line in card.splitlines())
+
+
+def test_untrained_weights_are_said(
+    workplace: Path, tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["features", str(workplace / "images" / "a.png"), "--out", str(tmp_path / "a.npy"), "--bundle",
+                str(tiny_bundle.path)]) == 0
     assert "weights are untrained (random:0)" in capsys.readouterr().err
+    assert run(["info", str(tiny_bundle.path)]) == 0
+    assert "weights are untrained (random:0)" in capsys.readouterr().out
+
+
+def test_interpolation_is_chosen(
+    workplace: Path, tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tiny_bundle.spec
+    bare = without_upsampler(tiny_bundle, tmp_path / "bare")
+    image, out = str(workplace / "images" / "a.png"), tmp_path / "f.npy"
+    common = ["features", image, "--out", str(out), "--quiet", "--overwrite", "--device", "cpu", "--bundle"]
+    shapes = {}
+    for bundle, interpolation in ((tiny_bundle, "auto"), (tiny_bundle, "learned"), (tiny_bundle, "bilinear"), (bare, "auto"),
+                                  (bare, "bilinear")):
+        assert run([*common, str(bundle.path), "--interpolation", interpolation]) == 0
+        shapes[bundle.hash, interpolation] = np.load(out).shape[0]
+    assert list(shapes.values()) == [spec.pixel_channels, spec.pixel_channels, spec.channels, spec.channels, spec.channels]
+    fit_ = ["fit", image, "--labels", str(workplace / "labels" / "a.png"), "--out", str(tmp_path / "r"), "--quiet", "--bundle"]
+    for wrong, expected in (
+        ([str(bare.path), "--interpolation", "learned"], "has no upsampler; export one with phaseline export --upsampler"),
+        ([str(tiny_bundle.path), "--alignment", "paper"], "learned pixel features have no tokens to align"),
+        ([str(tiny_bundle.path), "--interpolation", "cubic"], "expected one of learned, nearest, bilinear"),
+        (["none", "--interpolation", "learned"], "--interpolation, --boundary and --overlap are for deep features"),
+    ):
+        capsys.readouterr()
+        assert run([*fit_, *wrong]) == 2
+        assert expected in one_line(capsys)
+        assert not (tmp_path / "r").exists()
+    assert run([*fit_, str(tiny_bundle.path), "--interpolation", "nearest", "--alignment", "paper"]) == 0
+    assert run(["info", str(tmp_path / "r")]) == 0
+    assert "nearest interpolation, alignment paper" in capsys.readouterr().out
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

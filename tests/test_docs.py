@@ -24,6 +24,7 @@ from phaseline.clients.publish import list_recipes, served_bundle
 from phaseline.clients.segmenter import Segmenter
 from phaseline.runtime.bundle import Bundle
 from phaseline.runtime.errors import ServerUnavailableError
+from phaseline.runtime.source import PIXEL_BYTES
 from phaseline.triton_models.listening import Listening
 from phaseline.triton_models.repository import Deployment
 from phaseline.triton_models.server import STOP_TIMEOUT_S, TritonServer
@@ -206,7 +207,7 @@ def test_metrics_are_tritons(server: TritonServer) -> None:
 
 def test_picture_is_whole() -> None:
     texts = [element.text for element in ElementTree.parse(DOCS / "pictures" / "serving.svg").iter("{http://www.w3.org/2000/svg}text")]
-    assert {"segment_NAME", "backbone", "recipes"} <= set(texts)
+    assert {"segment_NAME", "backbone, features", "recipes"} <= set(texts)
 
 
 @pytest.mark.triton
@@ -262,8 +263,8 @@ def test_deployed_servers_are_asked_for_rightly(words: list[str]) -> None:
 ])
 def test_shared_memory_follows_the_rule_of_thumb(words: list[str], text: str) -> None:
     given = parse(words)
-    largest_request = 2 * given["max_pixels"]
-    assert int(text[:-2]) * MEGABYTE[text[-2:]] >= given["instances"] * 4 * 4 * largest_request + (64 << 20)
+    largest_request, at_once = 2 * given["max_pixels"], 4 * given["instances"] * 4
+    assert int(text[:-2]) * MEGABYTE[text[-2:]] >= at_once * largest_request + (64 << 20) + (at_once + 1) * PIXEL_BYTES
 
 
 def test_compose_fits_itself() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +36,7 @@ from phaseline.runtime.errors import (
     PhaselineError,
     UsageError,
 )
+from tests.fakes import make_spec
 
 TINY: dict[str, Any] = {"backbone": "vit-64-2-2-p14", "weights": "random:0", "stride_px": 7, "tile_px": 56, "channels": 16}
 SMALL = "vit_small_patch14_dinov2"
@@ -311,14 +311,18 @@ def test_plan_is_built(tmp_path: Path) -> None:
 
 
 def test_plan_name_tells_graph_version_and_gpu_apart(tmp_path: Path) -> None:
-    def bundle(digit: str) -> Bundle:
-        shipped = open_bundle("default").spec
-        spec = dataclasses.replace(shipped, files={name: BundleFile(digit * 64, 1) for name in shipped.files})
+    def bundle(digit: str, card: str = "c") -> Bundle:
+        hashes = {"a.onnx": digit, "p.onnx": digit, "a_pixels.onnx": "a", "p_pixels.onnx": "b", "weights.bin": digit,
+                  "card.md": card}
+        spec = make_spec(graphs={"cpu": "a.onnx", "portable": "p.onnx"}, pixel_channels=2, card="card.md",
+                         pixel_graphs={"cpu": "a_pixels.onnx", "portable": "p_pixels.onnx"},
+                         files={name: BundleFile(kind * 64, 1) for name, kind in hashes.items()})
         return Bundle(tmp_path, spec, spec.digest())
 
-    names = {trt_plan.plan_path(b, version, gpu).name for b in (bundle("1"), bundle("2")) for version in ("10.3.0", "10.9.0")
-             for gpu in ("NVIDIA H200", "NVIDIA A100/SXM")}
-    assert len(names) == 8 and all("/" not in name for name in names)
+    assert trt_plan.plan_path(bundle("1"), "10.3.0", "H200") == trt_plan.plan_path(bundle("1", "d"), "10.3.0", "H200")
+    names = {trt_plan.plan_path(b, version, gpu, pixels=pixels).name for b in (bundle("1"), bundle("2"))
+             for version in ("10.3.0", "10.9.0") for gpu in ("NVIDIA H200", "NVIDIA A100/SXM") for pixels in (False, True)}
+    assert len(names) == 16 and all("/" not in name for name in names)
 
 
 def node_graph(op: str, dtype: ir.DataType, domain: str = "", opset: int = 20, side: int | str = 4) -> ir.Model:

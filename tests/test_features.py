@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phaseline.clients.classical import ClassicalFeatures
-from phaseline.clients.features import BAND_PX, DeepFeatures, FeatureSettings, PixelFeatures, image_channels
+from phaseline.clients.features import BAND_PX, DeepFeatures, FeatureSettings, PixelFeatures, image_channels, is_trained
+from phaseline.clients.options import untrained_note
 from phaseline.runtime.average import PixelSampling
 from phaseline.runtime.errors import ImageError, UsageError
-from tests.fakes import FakeSource
+from tests.fakes import WITH_UPSAMPLER, FakeSource, make_spec
 
 DEEP = DeepFeatures("none", 16, PixelSampling())
 
@@ -71,6 +72,33 @@ def test_only_wanted_pixels_cost_and_they_are_the_same() -> None:
     assert sum(some.calls) < sum(everything.calls) / 3
 
 
+@pytest.mark.parametrize("transforms", ["none", "flips", "moore:2*flips"])
+@pytest.mark.parametrize("shape", [(40, 30), (150, 170)])
+def test_learned_features_are_those_of_the_very_pixels(transforms: str, shape: tuple[int, int]) -> None:
+    """The fake's first pixel feature is the pixel: whatever is tiled, shifted, flipped, averaged and blended, it comes back."""
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    source = FakeSource(**WITH_UPSAMPLER)
+    deep = DeepFeatures.for_bundle(source.spec, transforms, overlap_px=16)
+    assert deep.sampling.interpolation == "learned"
+    pixels = PixelFeatures(FeatureSettings(1, None, deep), source)
+    assert pixels.names == ("deep 0", "deep 1")
+    features = all_features(pixels, image)
+    assert np.allclose(features[0], image, atol=1e-3)
+    bilinear = FeatureSettings(1, None, DeepFeatures.for_bundle(source.spec, transforms, PixelSampling()))
+    assert len(PixelFeatures(bilinear, source).names) == 3
+
+
+def test_trained_is_said_of_all_weights() -> None:
+    facts = {"name": "fake", "weights": "random:0", "trained": False, "hidden": 4}
+    assert is_trained(make_spec(trained=True))
+    assert is_trained(make_spec(**{**WITH_UPSAMPLER, "trained": True}))
+    assert not is_trained(make_spec(**WITH_UPSAMPLER))
+    half = make_spec(**{**WITH_UPSAMPLER, "trained": True, "upsampler": facts})
+    assert not is_trained(half)
+    assert "upsampler is untrained (random:0)" in untrained_note(half)
+    assert untrained_note(make_spec(trained=True)) == ""
+
+
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_batches_decide_nothing(max_batch: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (150, 170), dtype=np.uint8)
@@ -110,6 +138,8 @@ def test_contradictions_are_refused() -> None:
         PixelFeatures(FeatureSettings(1), FakeSource())
     with pytest.raises(UsageError, match="deep features need a bundle"):
         PixelFeatures(FeatureSettings(1, None, DEEP), None)
+    with pytest.raises(UsageError, match="the bundle has no upsampler"):
+        PixelFeatures(FeatureSettings(1, None, DeepFeatures("none", 16, PixelSampling(interpolation="learned"))), FakeSource())
     with pytest.raises(UsageError, match="overlap of 60 px"):
         PixelFeatures(FeatureSettings(1, None, DeepFeatures("none", 60)), FakeSource())
     with pytest.raises(UsageError, match="the image has 3 channels, expected 1"):

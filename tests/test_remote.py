@@ -43,7 +43,7 @@ from phaseline.runtime.errors import (
     UsageError,
 )
 from phaseline.runtime.source import LocalSource
-from tests.fakes import FakeSource, make_spec
+from tests.fakes import WITH_UPSAMPLER, FakeSource, make_spec
 from tests.serving import frame, shared_memory, strokes
 
 if TYPE_CHECKING:
@@ -84,9 +84,10 @@ class FakeServer(service.GRPCInferenceServiceServicer):  # type: ignore[misc]
             with self.lock:
                 self.running -= 1
         tiles = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(tuple(request.inputs[0].shape))
-        features = FakeSource().patch_features(tiles)
+        source, pixels = FakeSource(), request.model_name == "features"
+        features = source.pixel_features(tiles) if pixels else source.patch_features(tiles)
         answer = pb.ModelInferResponse(model_name=request.model_name)
-        answer.outputs.add(name="patch_features", datatype="FP16", shape=features.shape)
+        answer.outputs.add(name="pixel_features" if pixels else "patch_features", datatype="FP16", shape=features.shape)
         answer.raw_output_contents.append(features.tobytes()[: 10 if self.garble else None])
         return answer
 
@@ -301,6 +302,46 @@ def test_in_flight_is_bounded_and_results_keep_their_order() -> None:
     assert 1 < fake.most <= 5
 
 
+def test_pixel_features_come_from_another_model_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phaseline.runtime.source.PIXEL_BYTES", 3 * 2 * 2 * 64 * 64)
+    fake = FakeServer(make_spec(**WITH_UPSAMPLER), lambda number, context: time.sleep(0.03 if number % 3 else 0))
+    tiles = fake_tiles(20)
+    with serving(fake) as address, TritonSource(address, transport="grpc") as source:
+        assert (source.in_flight(), source.in_flight("pixel_features")) == (8, 6)
+        assert np.array_equal(np.stack(list(source.iter_pixel_features(tiles))), FakeSource().pixel_features(tiles))
+        assert 1 < fake.most <= 6
+        assert np.array_equal(source.pixel_features(tiles[:2]), FakeSource().pixel_features(tiles[:2]))
+        fake.garble = True
+        with pytest.raises(ServerFailedError, match="the answer of model features cannot be understood"):
+            source.pixel_features(tiles[:1])
+
+
+def test_pixel_features_of_several_servers() -> None:
+    first, second = (FakeServer(make_spec(**WITH_UPSAMPLER), lambda number, context: time.sleep(0.01)) for _ in range(2))
+    tiles = fake_tiles(24)
+    with serving(first) as one, serving(second) as other, TritonSource([one, other], transport="grpc") as source:
+        assert np.array_equal(source.pixel_features(tiles), FakeSource().pixel_features(tiles))
+    assert first.requests + second.requests == 24
+    assert min(first.requests, second.requests) >= 6
+
+
+def test_answers_larger_than_grpcs_own_limit() -> None:
+    """4 MiB, unless a client raises it."""
+    spec = make_spec(**{**WITH_UPSAMPLER, "tile_px": 1088})
+    tiles = np.random.default_rng(0).integers(0, 256, (1, 1, 1088, 1088), dtype=np.uint8)
+    with serving(FakeServer(spec)) as address, TritonSource(address, transport="grpc") as source:
+        assert source.pixel_features(tiles).nbytes > 1 << 22
+
+
+def test_servers_without_upsampler_are_not_asked() -> None:
+    fake = FakeServer(make_spec())
+    with serving(fake) as address, TritonSource(address, transport="grpc") as source:
+        for ask in (source.pixel_features, lambda tiles: list(source.iter_pixel_features(tiles))):
+            with pytest.raises(UsageError, match=f"{address} serves has no upsampler"):
+                ask(fake_tiles(1))
+    assert fake.requests == 0
+
+
 def test_closing_early_cancels_what_is_in_flight() -> None:
     stop, ended = threading.Event(), []
 
@@ -309,9 +350,16 @@ def test_closing_early_cancels_what_is_in_flight() -> None:
             context.add_callback(lambda: ended.append(number))
             stop.wait(20)
 
+    def tiles() -> Iterator[U8]:
+        first, *others = fake_tiles(20)
+        yield first
+        # On a busy machine another tile's request may come first, and this one's would hang.
+        until(lambda: fake.requests == 1)
+        yield from others
+
     fake = FakeServer(make_spec(), hang)
     with serving(fake) as address, TritonSource(address, transport="grpc", in_flight=4) as source:
-        features = source.iter_patch_features(fake_tiles(20))
+        features = source.iter_patch_features(tiles())
         next(features)
         until(lambda: fake.running == 4)
         features.close()  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def test_what_is_written_can_be_read_and_nothing_is_left() -> None:
     assert (SHARED_MEMORY / region.name).stat().st_mode & 0o777 == 0o600
     tensor = region.write(np.arange(100, dtype=np.uint8).reshape(4, 25))
     assert (tensor.offset, tensor.size_bytes, tensor.dtype, tensor.shape) == (0, 100, "uint8", (4, 25))
-    place = region.output(48)
+    place = region.output()
     values = np.arange(24, dtype=np.float16)
     with (SHARED_MEMORY / region.name).open("r+b") as file:
         file.seek(place.offset)
@@ -81,16 +81,16 @@ def test_what_is_written_can_be_read_and_nothing_is_left() -> None:
 def test_a_region_is_used_again_only_after_an_answer() -> None:
     server = Registrations()
     regions = Regions(server, 64, 64)
-    with regions.lend() as region:
+    with regions.lend(64) as region:
         first = region.name
-    with regions.lend() as region, regions.lend() as at_the_same_time:
+    with regions.lend(64) as region, regions.lend(64) as at_the_same_time:
         assert region.name == first != at_the_same_time.name
-    with pytest.raises(ServerTimeoutError), regions.lend() as region:
+    with pytest.raises(ServerTimeoutError), regions.lend(64) as region:
         given_up = region.name
         raise ServerTimeoutError("no answer")
     used = set()
     for _ in range(3):
-        with regions.lend() as region, regions.lend() as other:
+        with regions.lend(64) as region, regions.lend(64) as other:
             used |= {region.name, other.name}
     assert given_up not in used
     regions.close()
@@ -98,10 +98,22 @@ def test_a_region_is_used_again_only_after_an_answer() -> None:
     assert not own_regions()
 
 
+def test_outputs_of_another_size_have_regions_of_their_own() -> None:
+    server = Registrations()
+    regions = Regions(server, 64, 64)
+    with regions.lend(64) as small, regions.lend(4096) as large:
+        assert (small.output().size_bytes, large.output().size_bytes) == (64, 4096)
+        names = {small.name, large.name}
+    with regions.lend(4096) as large, regions.lend(64) as small:
+        assert {small.name, large.name} == names and large.output_bytes == 4096
+    regions.close()
+    assert server.names == [] and not own_regions()
+
+
 def test_one_that_is_lent_at_closing_is_removed_when_it_comes_back() -> None:
     server = Registrations()
     regions = Regions(server, 64, 64)
-    with regions.lend():
+    with regions.lend(64):
         regions.close()
         assert len(server.names) == 1
     assert server.names == []
@@ -113,7 +125,7 @@ def test_what_the_server_did_not_let_go_of_is_tried_again() -> None:
     regions = Regions(server, 64, 64)
     with pytest.raises(ServerTimeoutError), contextlib.ExitStack() as lent:
         for _ in range(5):
-            lent.enter_context(regions.lend())
+            lent.enter_context(regions.lend(64))
         raise ServerTimeoutError("no answer")
     server.refuses = True
     regions.close()

@@ -27,12 +27,13 @@ from phaseline.runtime.errors import (
     ServerRefusedError,
     UsageError,
 )
+from phaseline.runtime.source import pixel_batch
 from phaseline.triton_models import installation
 from phaseline.triton_models.installation import Installation, find_server
 from phaseline.triton_models.publisher import Publisher
-from phaseline.triton_models.repository import Deployment, render_backbone, render_segment
+from phaseline.triton_models.repository import Deployment, render_networks, render_segment
 from phaseline.triton_models.store import RecipeStore
-from tests.serving import fit_recipe, frame
+from tests.serving import fit_recipe, frame, without_upsampler
 
 
 def read(folder: Path) -> pb.ModelConfig:
@@ -40,14 +41,21 @@ def read(folder: Path) -> pb.ModelConfig:
     return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), pb.ModelConfig())
 
 
-def check_backbone(config: pb.ModelConfig, spec: BundleSpec) -> None:
-    assert config.max_batch_size == spec.max_batch
+MODELS = ("backbone", "features")
+
+
+def check_network(repository: Path, model: str, spec: BundleSpec) -> pb.ModelConfig:
+    """What the configuration of either model promises, whatever the back end."""
+    config = read(repository / model)
+    most = {"backbone": spec.max_batch, "features": pixel_batch(spec)}[model]
+    assert (config.name, config.max_batch_size) == (model, most)
     (tiles,) = config.input
     assert (tiles.name, tiles.data_type, list(tiles.dims)) == (
         "tiles", pb.TYPE_UINT8, [spec.in_channels, spec.tile_px, spec.tile_px])
     assert {output.name: (output.data_type, list(output.dims)) for output in config.output} == {
-        "patch_features": (pb.TYPE_FP16, [spec.channels, spec.grid, spec.grid]),
-        "attention": (pb.TYPE_FP16, [spec.heads, spec.grid, spec.grid])}
+        "backbone": {"patch_features": (pb.TYPE_FP16, [spec.channels, spec.grid, spec.grid]),
+                     "attention": (pb.TYPE_FP16, [spec.heads, spec.grid, spec.grid])},
+        "features": {"pixel_features": (pb.TYPE_FP16, [spec.pixel_channels, spec.tile_px, spec.tile_px])}}[model]
     batching = config.dynamic_batching
     assert batching.max_queue_delay_microseconds > 0
     assert (batching.priority_levels, batching.default_priority_level) == (2, 1)
@@ -55,50 +63,59 @@ def check_backbone(config: pb.ModelConfig, spec: BundleSpec) -> None:
     assert policy.timeout_action == policy.REJECT
     assert policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0 and policy.allow_timeout_override
     (warm_up,) = config.model_warmup
-    assert warm_up.batch_size == spec.max_batch and list(warm_up.inputs["tiles"].dims) == list(tiles.dims)
+    assert warm_up.batch_size == most and list(warm_up.inputs["tiles"].dims) == list(tiles.dims)
     assert BundleSpec.from_json(config.parameters["bundle"].string_value) == spec
+    return config
 
 
-def test_backbone_for_the_python_back_end(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    render_backbone(Deployment(tiny_bundle, threads=3), tmp_path)
-    config = read(tmp_path / "backbone")
-    check_backbone(config, tiny_bundle.spec)
+@pytest.mark.parametrize("model", MODELS)
+def test_networks_for_the_python_back_end(tiny_bundle: Bundle, tmp_path: Path, model: str) -> None:
+    render_networks(Deployment(tiny_bundle, threads=3), tmp_path)
+    config = check_network(tmp_path, model, tiny_bundle.spec)
     assert config.backend == "python" and config.parameters["threads"].string_value == "3"
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
-    assert (tmp_path / "backbone" / "1" / "model.py").is_file()
+    assert (tmp_path / model / "1" / "model.py").is_file()
 
 
+def test_without_upsampler_there_is_one_network(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    render_networks(Deployment(without_upsampler(tiny_bundle, tmp_path / "bare")), tmp_path / "repository")
+    assert [path.name for path in (tmp_path / "repository").iterdir()] == ["backbone"]
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("device", "kind", "accelerators"), [
     ("auto", pb.ModelInstanceGroup.KIND_CPU, []),
     ("cuda", pb.ModelInstanceGroup.KIND_GPU, []),
     ("tensorrt", pb.ModelInstanceGroup.KIND_GPU, ["tensorrt"]),
 ])
-def test_backbone_for_native_onnxruntime(
-    tiny_bundle: Bundle, tmp_path: Path, device: Any, kind: int, accelerators: list[str]
+def test_networks_for_native_onnxruntime(
+    tiny_bundle: Bundle, tmp_path: Path, device: Any, kind: int, accelerators: list[str], model: str
 ) -> None:
-    render_backbone(Deployment(tiny_bundle, "onnxruntime", device), tmp_path)
-    config = read(tmp_path / "backbone")
-    check_backbone(config, tiny_bundle.spec)
+    render_networks(Deployment(tiny_bundle, "onnxruntime", device), tmp_path)
+    config = check_network(tmp_path, model, tiny_bundle.spec)
     assert config.backend == "onnxruntime" and config.instance_group[0].kind == kind
     chosen = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [accelerator.name for accelerator in chosen] == accelerators
     # What Triton would load works, with the names and types that the configuration promises.
-    session = onnxruntime.InferenceSession(tmp_path / "backbone" / "1" / "model.onnx", providers=["CPUExecutionProvider"])
-    assert {tensor.name for tensor in session.get_outputs()} == {"patch_features", "attention"}
+    session = onnxruntime.InferenceSession(tmp_path / model / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in config.output]
+    assert {tensor.name for tensor in session.get_outputs()} == set(names)
     tile = np.zeros((2, *config.input[0].dims), np.uint8)
-    features, attention = session.run(["patch_features", "attention"], {"tiles": tile})
-    assert features.dtype == attention.dtype == np.float16
-    assert list(features.shape[1:]) == list(config.output[0].dims)
+    for output, found in zip(config.output, session.run(names, {"tiles": tile}), strict=True):
+        assert found.dtype == np.float16
+        assert list(found.shape) == [2, *output.dims]
 
 
-def test_backbone_for_native_tensorrt(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    plan = tmp_path / "some.plan"
-    plan.write_bytes(b"a plan")
-    render_backbone(Deployment(tiny_bundle, "tensorrt", plan=plan), tmp_path / "repository")
-    config = read(tmp_path / "repository" / "backbone")
-    check_backbone(config, tiny_bundle.spec)
-    assert config.backend == "tensorrt" and config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
-    assert (tmp_path / "repository" / "backbone" / "1" / "model.plan").read_bytes() == b"a plan"
+def test_networks_for_native_tensorrt(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plans = {model: tmp_path / f"{model}.plan" for model in MODELS}
+    for model, plan in plans.items():
+        plan.write_text(f"of {model}")
+    deployment = Deployment(tiny_bundle, "tensorrt", plan=plans["backbone"], features_plan=plans["features"])
+    render_networks(deployment, tmp_path / "repository")
+    for model in MODELS:
+        config = check_network(tmp_path / "repository", model, tiny_bundle.spec)
+        assert config.backend == "tensorrt" and config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+        assert (tmp_path / "repository" / model / "1" / "model.plan").read_text() == f"of {model}"
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -107,7 +124,9 @@ def test_backbone_for_native_tensorrt(tiny_bundle: Bundle, tmp_path: Path) -> No
     ({"threads": 0}, "at least 1"),
     ({"backend": "tensorrt"}, "needs --plan"),
     ({"plan": Path("a.plan")}, "no other back end takes one"),
-    ({"backend": "tensorrt", "plan": Path("missing.plan")}, "no plan at missing.plan"),
+    ({"backend": "tensorrt", "plan": Path("missing.plan")}, "needs --features-plan too if the bundle has an upsampler"),
+    ({"features_plan": Path("a.plan")}, "nothing else takes one"),
+    ({"backend": "tensorrt", "plan": Path("missing.plan"), "features_plan": Path("b.plan")}, "no plan at missing.plan"),
 ])
 def test_impossible_deployments(tiny_bundle: Bundle, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -378,7 +397,7 @@ def test_rendering_only(
     assert "tritonserver --model-repository=" in capsys.readouterr().err
     config = read(tmp_path / "out" / "repository" / "segment_cells")
     assert (Path(config.parameters["path"].string_value) / "1" / "recipe.json").is_file()
-    assert sorted(path.name for path in (tmp_path / "out" / "repository").iterdir()) == ["backbone", "segment_cells"]
+    assert sorted(path.name for path in (tmp_path / "out" / "repository").iterdir()) == ["backbone", "features", "segment_cells"]
     assert run(arguments) == 2
     assert "exists; choose another name" in capsys.readouterr().err
     assert run([*arguments, "--overwrite"]) == 0

@@ -17,16 +17,18 @@ from phaseline.runtime.compare import deviation
 from phaseline.runtime.errors import UsageError
 from phaseline.runtime.geometry import ALIGNMENTS, INTERPOLATIONS, sampling_matrix, token_positions
 from phaseline.runtime.transforms import BOUNDARIES, Transform, TransformSet
-from tests.fakes import FakeSource
+from tests.fakes import WITH_UPSAMPLER, FakeSource, make_spec
 
 F32 = npt.NDArray[np.float32]
 
 
 def average(source: FakeSource, tile: npt.NDArray[np.uint8], views: TransformSet, sampling: PixelSampling) -> F32:
     """The mean pixel features of a (channels, rows, cols) tile."""
-    running = ViewAverage(tile.shape[1:], source.spec.channels, source.spec.patch_px, source.spec.stride_px, sampling)
+    spec = source.spec
+    running = ViewAverage(tile.shape[1:], sampling.channels(spec), spec.patch_px, spec.stride_px, sampling)
+    compute = source.pixel_features if sampling.is_learned else source.patch_features
     for view in views.transforms:
-        running.add(view, source.patch_features(view.apply(tile, sampling.boundary)[None])[0])
+        running.add(view, compute(view.apply(tile, sampling.boundary)[None])[0])
     return running.mean()
 
 
@@ -54,7 +56,7 @@ def plain_resize(features: F32, rows: int, cols: int, patch: int, stride: int, s
 def plain_average(source: FakeSource, tile: npt.NDArray[np.uint8], views: TransformSet, sampling: PixelSampling) -> F32:
     """Make each view with np.roll / np.pad and np.flip, resize, undo in reverse order, average what was seen."""
     rows, cols = tile.shape[1:]
-    total = np.zeros((source.spec.channels, rows, cols))
+    total = np.zeros((sampling.channels(source.spec), rows, cols))
     seen = np.zeros((rows, cols))
     for view in views.transforms:
         dr, dc = view.shift_rows, view.shift_cols
@@ -65,8 +67,12 @@ def plain_average(source: FakeSource, tile: npt.NDArray[np.uint8], views: Transf
             padded = np.pad(tile, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
             moved = padded[:, pad - dr : pad - dr + rows, pad - dc : pad - dc + cols]
         flips = tuple(axis for axis, flip in ((1, view.flip_rows), (2, view.flip_cols)) if flip)
-        features = source.patch_features(np.ascontiguousarray(np.flip(moved, flips))[None])[0].astype(np.float32)
-        pixels = plain_resize(features, rows, cols, source.spec.patch_px, source.spec.stride_px, sampling)
+        made = np.ascontiguousarray(np.flip(moved, flips))[None]
+        if sampling.is_learned:
+            pixels = source.pixel_features(made)[0].astype(np.float32)
+        else:
+            features = source.patch_features(made)[0].astype(np.float32)
+            pixels = plain_resize(features, rows, cols, source.spec.patch_px, source.spec.stride_px, sampling)
         pixels = np.roll(np.flip(pixels, flips), (-dr, -dc), axis=(1, 2))
         valid = np.ones((rows, cols), bool)
         if sampling.boundary == "reflect":
@@ -106,6 +112,42 @@ def test_average_equals_plain_reference(name: str, alignment: str, interpolation
     sampling = PixelSampling(alignment, interpolation, boundary)  # type: ignore[arg-type]
     ours, plain = average(source, tile, views, sampling), plain_average(source, tile, views, sampling)
     assert deviation(ours, plain).max_rel < 1e-6
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("name", ["none", "flips", "moore", "von-neumann:3", "moore:3*flips"])
+@pytest.mark.parametrize("shape", [(28, 36), (5, 4), (4, 5)])
+def test_learned_average_equals_plain_reference(name: str, boundary: str, shape: tuple[int, int]) -> None:
+    source = FakeSource(**WITH_UPSAMPLER)
+    tile = np.random.default_rng(1).integers(0, 256, (1, *shape), dtype=np.uint8)
+    views = TransformSet.parse(name, source.spec.stride_px)
+    sampling = PixelSampling("centred", "learned", boundary)  # type: ignore[arg-type]
+    ours, plain = average(source, tile, views, sampling), plain_average(source, tile, views, sampling)
+    assert deviation(ours, plain).max_rel < 1e-6
+    # Undone rightly, each view shows each pixel's own value where the pixel is.
+    assert np.array_equal(ours[0], tile[0])
+
+
+def test_one_learned_view_is_passed_on_as_it_is() -> None:
+    features = np.random.default_rng(0).normal(size=(3, 16, 20)).astype(np.float16)
+    running = ViewAverage((16, 20), 3, 8, 4, PixelSampling("centred", "learned", "reflect"))
+    running.add(Transform(), features)
+    found = running.mean()
+    assert found.dtype == np.float32
+    assert np.array_equal(found, features.astype(np.float32))
+
+
+def test_settings_that_do_not_go_together() -> None:
+    spec, bare = make_spec(**WITH_UPSAMPLER), make_spec()
+    assert PixelSampling.for_bundle(spec).interpolation == "learned"
+    assert PixelSampling.for_bundle(bare).interpolation == "bilinear"
+    assert PixelSampling.for_bundle(spec, "paper", "nearest", "wrap") == PixelSampling("paper", "nearest", "wrap")
+    with pytest.raises(UsageError, match="alignment is 'paper', but learned pixel features have no tokens"):
+        PixelSampling.for_bundle(spec, "paper")
+    with pytest.raises(UsageError, match="the bundle has no upsampler; export one with phaseline export --upsampler"):
+        PixelSampling.for_bundle(bare, interpolation="learned")
+    with pytest.raises(UsageError, match="interpolation is 'cubic', expected one of learned, nearest, bilinear"):
+        PixelSampling.for_bundle(spec, interpolation="cubic")
 
 
 @pytest.mark.parametrize(("name", "n"), [("none", 1), ("flips", 4), ("moore", 1 + 8 * 7), ("moore:2", 17), ("von-neumann:2", 9),
@@ -191,6 +233,18 @@ def test_centred_tokens_lie_on_their_patches() -> None:
     for token in range(6):
         centre = token * 4 + 4
         assert positions[centre - 1] < token < positions[centre]
+
+
+def test_memory_of_learned_views_is_the_sum_alone() -> None:
+    running = ViewAverage((266, 266), 32, 14, 7, PixelSampling("centred", "learned", "reflect"))
+    features = np.zeros((32, 266, 266), np.float16)
+    tracemalloc.start()
+    for view in TransformSet.parse("moore:2*flips", 14).transforms:
+        running.add(view, features)
+    running.mean()
+    top = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert top < features.nbytes / 10
 
 
 def test_memory_does_not_grow_with_the_number_of_views() -> None:

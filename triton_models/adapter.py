@@ -17,6 +17,11 @@ def parameters(args: dict[str, str]) -> dict[str, str]:
     return {name: entry["string_value"] for name, entry in config.get("parameters", {}).items()}
 
 
+def output_names(args: dict[str, str]) -> list[str]:
+    """The outputs that a model's configuration names."""
+    return [output["name"] for output in json.loads(args["model_config"])["output"]]
+
+
 class CancelledError(Exception):
     """The client is gone: its deadline is over, or it was killed."""
 

@@ -16,9 +16,9 @@ from phaseline.runtime.bundle import open_bundle
 from phaseline.runtime.engine import check_device
 from phaseline.runtime.errors import UsageError
 from phaseline.runtime.output import new_folder
-from phaseline.runtime.protocol import BACKBONE, segment_model
+from phaseline.runtime.protocol import network_models, segment_model
 from phaseline.triton_models.listening import HTTP_ADDRESS, Listening
-from phaseline.triton_models.repository import Backend, Deployment, default_instances, render_backbone, render_segment
+from phaseline.triton_models.repository import Backend, Deployment, default_instances, render_networks, render_segment
 from phaseline.triton_models.server import TritonServer
 from phaseline.triton_models.store import RecipeStore
 
@@ -37,6 +37,8 @@ def serve_command(
         "--backend", help="python (anywhere), or Triton's own onnxruntime or tensorrt (NVIDIA's container).")] = "python",
     plan: Annotated[Path | None, typer.Option(
         "--plan", help="For --backend tensorrt: what `phaseline export --engine tensorrt` wrote.")] = None,
+    features_plan: Annotated[Path | None, typer.Option(
+        "--features-plan", help="Likewise, of pixel features, for a bundle with an upsampler.")] = None,
     instances: Annotated[int | None, typer.Option(
         "--instances", min=1, help="Processes a recipe; by default one for every four cores, at most four.")] = None,
     max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="The most pixels in one request.")] = 1 << 26,
@@ -67,7 +69,7 @@ def serve_command(
     screen = options.Screen(quiet)
     cores = threads or available_cores()
     deployment = Deployment(open_bundle(bundle), cast(Backend, backend), check_device(device), cores,
-                            instances or default_instances(cores), max_pixels, plan)
+                            instances or default_instances(cores), max_pixels, plan, features_plan)
     recipes = _named(recipe or [])
     if render is not None:
         _render(deployment, recipes, render, overwrite)
@@ -96,11 +98,12 @@ def serve_command(
 
 def _greeting(server: TritonServer, store: Path | None) -> list[str]:
     listening, ports = server.listening, server.ports
+    networks = network_models(server.deployment.bundle.spec)
     served = server.served()
     tls = "" if listening.certificate is None else " (mutual TLS)" if listening.client_ca else " (TLS)"
     http, metrics = f"{HTTP_ADDRESS}:{ports['http']}", f"{listening.bind}:{ports['metrics']}"
     lines = [f"{server.description}: bundle {server.deployment.bundle.hash[:12]}",
-             f"models: {', '.join([BACKBONE, *(f'{model} version {version}' for model, version in served.items())])}",
+             f"models: {', '.join([*networks, *(f'{model} version {version}' for model, version in served.items())])}",
              f"ready: gRPC {server.address}{tls}, health {http}, metrics {metrics}; stop with Ctrl-C"]
     if listening.publish_key is None and not listening.all_may_publish:
         lines.append("note: nobody can publish recipes; allow those who know a key to with --publish-key FILE")
@@ -129,7 +132,7 @@ def _render(deployment: Deployment, recipes: dict[str, Path], folder: Path, over
     """Write repository and recipes; the configurations name the folder's final place."""
     with new_folder(folder, overwrite, RENDERED) as scratch:
         store = RecipeStore(scratch / "store")
-        render_backbone(deployment, scratch / "repository")
+        render_networks(deployment, scratch / "repository")
         for name, path in recipes.items():
             version = store.add(name, recipe_files(path))
             store.serve(name, version)

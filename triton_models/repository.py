@@ -1,6 +1,7 @@
 """Rendering a Triton model repository: templates of this folder + bundle, recipes and machine → folders that Triton loads.
 
     REPOSITORY/backbone/config.pbtxt, 1/model.py            or 1/model.onnx, 1/model.plan
+    REPOSITORY/features/…                                   the same, if the bundle has an upsampler
     REPOSITORY/recipes/config.pbtxt, 1/model.py
     REPOSITORY/segment_NAME/config.pbtxt, VERSION/model.py
 """
@@ -17,20 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, assert_never, get_args
 
 from phaseline.runtime.bundle import Bundle
-from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, TILES
+from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, PIXEL_FEATURES, TILES, BundleSpec
 from phaseline.runtime.engine import DEVICES, Device
 from phaseline.runtime.errors import BundleError, MissingExtraError, MissingInputError, RecipeError, UsageError
 from phaseline.runtime.protocol import (
     BACKBONE,
     BUNDLE_PARAMETER,
+    FEATURES,
     IMAGE_INPUTS,
     LABELS,
     MAX_PIXELS_PARAMETER,
     MAX_PLANES,
     RECIPE_PARAMETER,
     RECIPES,
+    network_models,
     segment_model,
 )
+from phaseline.runtime.source import pixel_batch
 from phaseline.triton_models.store import RecipeStore
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ Backend = Literal["python", "onnxruntime", "tensorrt"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 TEMPLATES = Path(__file__).parent
 CONFIG = "config.pbtxt"
+PLANS = ("plan", "features_plan")
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,23 @@ class Deployment:
     Attributes
     ----------
     bundle
-        The bundle of `backbone`.
+        The bundle of `backbone` and `features`.
     backend
-        What runs its graph: ``python`` (ONNX Runtime inside Triton's Python back end; anywhere), or Triton's own ``onnxruntime``
+        What runs its graphs: ``python`` (ONNX Runtime inside Triton's Python back end; anywhere), or Triton's own ``onnxruntime``
         or ``tensorrt`` (NVIDIA's container).
     device
         ``auto``, ``cpu``, ``cuda`` or ``tensorrt``: of the Python back end's engine, of the native ONNX Runtime's instances
         (``auto`` is the CPU there), and of the classifiers.
     threads
-        CPU threads of `backbone`; the instances of a `segment_NAME` share as many.
+        CPU threads of `backbone`, and as many of `features`; the instances of a `segment_NAME` share as many.
     instances
         Processes of each `segment_NAME`, which work on frames side by side.
     max_pixels
         The most pixels in one request to `segment_NAME`.
     plan
-        For ``tensorrt``: the plan that `phaseline export --engine tensorrt` built on this kind of GPU.
+        For ``tensorrt``: the plan that `phaseline export --engine tensorrt` built on this kind of GPU, of the backbone.
+    features_plan
+        Likewise the one of pixel features, if the bundle has an upsampler.
     """
 
     bundle: Bundle
@@ -73,6 +80,7 @@ class Deployment:
     instances: int = 1
     max_pixels: int = 1 << 26
     plan: Path | None = None
+    features_plan: Path | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -85,8 +93,12 @@ class Deployment:
         if (self.backend == "tensorrt") != (self.plan is not None):
             raise UsageError("--backend tensorrt needs --plan, and no other back end takes one; build it on this kind of GPU "
                              "with phaseline export --engine tensorrt")
-        if self.plan is not None and not self.plan.is_file():
-            raise MissingInputError(f"no plan at {self.plan}; build it with phaseline export --engine tensorrt")
+        if (self.backend == "tensorrt" and self.bundle.spec.has_upsampler) != (self.features_plan is not None):
+            raise UsageError("--backend tensorrt needs --features-plan too if the bundle has an upsampler, and nothing else "
+                             "takes one; build it on this kind of GPU with phaseline export --engine tensorrt")
+        for plan in (self.plan, self.features_plan):
+            if plan is not None and not plan.is_file():
+                raise MissingInputError(f"no plan at {plan}; build it with phaseline export --engine tensorrt")
 
 
 def default_instances(cores: int) -> int:
@@ -94,38 +106,40 @@ def default_instances(cores: int) -> int:
     return max(1, min(4, cores // 4))
 
 
-def render_backbone(deployment: Deployment, repository: Path) -> None:
-    """Write the model `backbone`.
+def render_networks(deployment: Deployment, repository: Path) -> None:
+    """Write the models that run the bundle's graphs: `backbone`, and `features` if there is an upsampler.
 
     Raises
     ------
     BundleError
         The bundle has no graph that the back end can run.
     """
-    spec = deployment.bundle.spec
+    for model in network_models(deployment.bundle.spec):
+        _render_network(deployment, repository, model)
+
+
+def _render_network(deployment: Deployment, repository: Path, model: str) -> None:
+    bundle, spec = deployment.bundle, deployment.bundle.spec
     config = _template(BACKBONE)
-    config.name = BACKBONE
-    config.max_batch_size = spec.max_batch
+    config.name = model
+    config.max_batch_size = pixel_batch(spec) if model == FEATURES else spec.max_batch
     tiles = [spec.in_channels, spec.tile_px, spec.tile_px]
     config.input[0].dims.extend(tiles)
-    outputs = {output.name: output for output in config.output}
-    outputs[PATCH_FEATURES].dims.extend([spec.channels, spec.grid, spec.grid])
-    outputs[ATTENTION].dims.extend([spec.heads, spec.grid, spec.grid])
-    for facet in spec.facets:
-        config.output.add(name=facet, data_type=outputs[ATTENTION].data_type, dims=[spec.embed_dim, spec.grid, spec.grid])
+    for name, dims in _outputs(spec, model).items():
+        config.output.add(name=name, data_type=data_type("FP16"), dims=dims)
     _set(config, BUNDLE_PARAMETER, spec.to_json())
-    warm_up = config.model_warmup.add(name="a full batch", batch_size=spec.max_batch)
+    warm_up = config.model_warmup.add(name="a full batch", batch_size=config.max_batch_size)
     warm_up.inputs[TILES].data_type = config.input[0].data_type
     warm_up.inputs[TILES].dims.extend(tiles)
     warm_up.inputs[TILES].zero_data = True
-    folder = _new_model(repository, BACKBONE)
+    folder = _new_model(repository, model)
     version = folder / "1"
     version.mkdir()
     match deployment.backend:
         case "python":
             config.backend = "python"
             _instances(config, 1)
-            for name, value in (("path", str(deployment.bundle.path.resolve())), ("device", deployment.device),
+            for name, value in (("path", str(bundle.path.resolve())), ("device", deployment.device),
                                 ("threads", str(deployment.threads))):
                 _set(config, name, value)
             shutil.copyfile(TEMPLATES / BACKBONE / "1" / "model.py", version / "model.py")
@@ -137,20 +151,28 @@ def render_backbone(deployment: Deployment, repository: Path) -> None:
             if deployment.device == "tensorrt":
                 config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
             # Native ONNX Runtime may be older than the contrib operators of the form `cpu`; the portable one is standard ONNX.
-            graph = deployment.bundle.graph("portable")
+            graph = bundle.pixel_graph("portable") if model == FEATURES else bundle.graph("portable")
             shutil.copyfile(graph, version / "model.onnx")
-            for name in spec.files:
-                if name not in spec.graphs.values():
-                    shutil.copyfile(deployment.bundle.path / name, version / name)
+            for name in spec.files.keys() - {*spec.graphs.values(), *spec.pixel_graphs.values(), spec.card}:
+                shutil.copyfile(bundle.path / name, version / name)
         case "tensorrt":
-            if deployment.plan is None:
+            plan = deployment.features_plan if model == FEATURES else deployment.plan
+            if plan is None:
                 raise BundleError("a TensorRT back end needs a plan")
             config.backend = "tensorrt"
             _instances(config, 1, gpu=True)
-            shutil.copyfile(deployment.plan, version / "model.plan")
+            shutil.copyfile(plan, version / "model.plan")
         case _:
             assert_never(deployment.backend)
     _write(config, folder)
+
+
+def _outputs(spec: BundleSpec, model: str) -> dict[str, list[int]]:
+    """Names and shapes, without the batch, of what a model gives."""
+    if model == FEATURES:
+        return {PIXEL_FEATURES: [spec.pixel_channels, spec.tile_px, spec.tile_px]}
+    channels = [(PATCH_FEATURES, spec.channels), (ATTENTION, spec.heads), *((facet, spec.embed_dim) for facet in spec.facets)]
+    return {name: [count, spec.grid, spec.grid] for name, count in channels}
 
 
 def render_recipes(deployment: Deployment, repository: Path, store: Path, publish_key: Path | None, own_key: Path) -> None:
@@ -169,7 +191,8 @@ def render_recipes(deployment: Deployment, repository: Path, store: Path, publis
     """
     config = _template(RECIPES)
     settings = {field.name: getattr(deployment, field.name) for field in dataclasses.fields(deployment)}
-    settings |= {"bundle": str(deployment.bundle.path.resolve()), "plan": str(deployment.plan or "")}
+    settings |= {"bundle": str(deployment.bundle.path.resolve()),
+                 **{name: str(getattr(deployment, name) or "") for name in PLANS}}
     for name, value in (("deployment", json.dumps(settings)), ("repository", str(repository)), ("store", str(store)),
                         ("publish_key", str(publish_key or "")), ("own_key", str(own_key)), ("python", sys.executable)):
         _set(config, name, value)
@@ -216,7 +239,7 @@ def render_segment(
     for output in config.output:
         output.dims.extend([-1, -1])
         if output.name == LABELS:
-            output.data_type = output_type(settings.classes.values[-1])
+            output.data_type = data_type("UINT8" if settings.classes.values[-1] <= 255 else "UINT16")
     _instances(config, deployment.instances)
     config.version_policy.specific.versions.append(version)
     described = {"hash": settings.hash, "bundle": None if settings.bundle is None else settings.bundle.hash, "version": version,
@@ -241,11 +264,11 @@ def remove_segment(repository: Path, name: str) -> None:
     shutil.rmtree(repository / segment_model(name), ignore_errors=True)
 
 
-def output_type(highest_value: int) -> int:
-    """Triton's number of the labels' type: uint8, or uint16 where a label value needs it."""
+def data_type(name: str) -> int:
+    """Triton's number of a tensor's type."""
     from tritonclient.grpc import model_config_pb2 as pb
 
-    return int(pb.TYPE_UINT8 if highest_value <= 255 else pb.TYPE_UINT16)
+    return int(pb.DataType.Value(f"TYPE_{name}"))
 
 
 def _template(name: str) -> ModelConfig:

@@ -32,11 +32,11 @@ from typing import IO, Any, Self
 from phaseline.clients.recipe import recipe_files
 from phaseline.runtime.errors import EngineError, RecipeError, ServerFailedError
 from phaseline.runtime.ownership import SHARED_MEMORY, owned_name, sweep
-from phaseline.runtime.protocol import ANSWER, BACKBONE, RECIPES, REQUEST, SEGMENT_PREFIX, segment_model
+from phaseline.runtime.protocol import ANSWER, RECIPES, REQUEST, SEGMENT_PREFIX, network_models, segment_model
 from phaseline.triton_models.installation import find_server, prepare_backends, server_environment
 from phaseline.triton_models.listening import HTTP_ADDRESS, Listening, claim_ports
 from phaseline.triton_models.processes import EXEC, has_client_shm_switch, stub_models
-from phaseline.triton_models.repository import Deployment, render_backbone, render_recipes
+from phaseline.triton_models.repository import Deployment, render_networks, render_recipes
 from phaseline.triton_models.store import RecipeStore
 from phaseline.triton_models.trial import try_recipe
 
@@ -96,6 +96,7 @@ class TritonServer:
         verbose: int = 0,
     ) -> None:
         self.deployment = deployment
+        self._networks = network_models(deployment.bundle.spec)
         self.listening = listening or Listening()
         self.failed_recipes: dict[str, str] = {}
         self.restarts: list[float] = []
@@ -225,7 +226,7 @@ class TritonServer:
             # Nobody knows this one: whoever reaches the port must not be able to replace what others use.
             publish_key = run / "nobody.key"
             publish_key.write_text(secrets.token_hex(32), encoding="utf-8")
-        render_backbone(self.deployment, run / "repository")
+        render_networks(self.deployment, run / "repository")
         render_recipes(self.deployment, run / "repository", store.folder, publish_key, keys)
         self._backends = prepare_backends(self._installation, run / "backends")
         self._log = None if self._log_file is None else self._held.enter_context(self._log_file.open("ab"))
@@ -273,7 +274,7 @@ class TritonServer:
                 return
         assert self._recipe_store is not None
         self._heard_at = time.monotonic()
-        self._complete |= {BACKBONE, RECIPES}
+        self._complete |= {*self._networks, RECIPES}
         self.failed_recipes = {}
         for name in self._recipe_store.names():
             if self._recipe_store.current(name) is not None and not self._stopping.is_set():
@@ -313,7 +314,7 @@ class TritonServer:
         return [
             *(f"--{name}={value}" for name, value in options.items()),
             *self.listening.options(self.ports, self._http_token),
-            f"--load-model={BACKBONE}", f"--load-model={RECIPES}",
+            *(f"--load-model={model}" for model in (*self._networks, RECIPES)),
         ]
 
     def _look_after(self) -> None:
@@ -356,8 +357,8 @@ class TritonServer:
                 self._restart(f"model {model} was loaded again and has no process still")
                 return False
         except ServerFailedError as error:
-            if model == BACKBONE:
-                self._restart(f"model {BACKBONE} could not be loaded again ({error})")
+            if model in self._networks:
+                self._restart(f"model {model} could not be loaded again ({error})")
                 return False
             log.error("%s", error)
             self._put_off(model)
@@ -410,7 +411,7 @@ class TritonServer:
         missing = set()
         for model in {*counts, *self._complete}:
             expected = self.deployment.instances
-            if model in (BACKBONE, RECIPES):
+            if model in (*self._networks, RECIPES):
                 expected = int(model == RECIPES or self.deployment.backend == "python")
             if counts[model] >= expected:
                 self._complete.add(model)

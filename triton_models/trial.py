@@ -43,7 +43,15 @@ class ZeroSource:
 
     def iter_patch_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
         """float16 zeros of shape (k, h, w) for each tile."""
-        return in_batches(self, tiles)
+        return in_batches(self.patch_features, tiles, 1)
+
+    def pixel_features(self, tiles: U8) -> F16:
+        """float16 zeros of shape (n, k', T, T)."""
+        return np.zeros((len(tiles), self.spec.pixel_channels, self.spec.tile_px, self.spec.tile_px), np.float16)
+
+    def iter_pixel_features(self, tiles: Iterable[U8]) -> Iterator[F16]:
+        """float16 zeros of shape (k', T, T) for each tile."""
+        return in_batches(self.pixel_features, tiles, 1)
 
     def attention(self, tiles: U8) -> F16:
         """float16 zeros of shape (n, heads, h, w)."""

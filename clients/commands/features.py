@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -17,9 +17,7 @@ from phaseline.runtime.average import PixelSampling
 from phaseline.runtime.bundle import open_bundle
 from phaseline.runtime.engine import check_device
 from phaseline.runtime.errors import UsageError
-from phaseline.runtime.geometry import Alignment, Interpolation
 from phaseline.runtime.source import LocalSource
-from phaseline.runtime.transforms import Boundary
 
 
 def features_command(
@@ -28,7 +26,7 @@ def features_command(
     bundle: Annotated[str | None, typer.Option("--bundle", help="'default' (if not given), or a bundle's folder.")] = None,
     transforms: options.Transforms = "none",
     alignment: options.Alignment = "centred",
-    interpolation: options.Interpolation = "bilinear",
+    interpolation: options.Interpolation = "auto",
     boundary: options.Boundary = "reflect",
     window: Annotated[str, typer.Option(help="Intensities that become 0 and 255, as in `phaseline fit`.")] = "auto",
     server: options.Server = None,
@@ -43,7 +41,7 @@ def features_command(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write an image's deep pixel features, float16 of shape (k, rows, cols), and their 3-component PCA picture."""
+    """Write an image's deep pixel features, float16 of shape (channels, rows, cols), and their 3-component PCA picture."""
     del debug
     screen = options.Screen(quiet)
     picture = out.with_suffix(".png")
@@ -56,7 +54,6 @@ def features_command(
     known_device = check_device(device)
     tls = options.client_tls(tls_ca, tls_cert, tls_key)
     remote = options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)
-    sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
     if image.is_dir():
         raise UsageError(f"{image} is a folder, expected one image; give one of its files")
     pixels = read_image(image)
@@ -64,9 +61,11 @@ def features_command(
     with remote or LocalSource(open_bundle(bundle or "default"), known_device, threads) as source:
         screen.warn_untrained(source.spec)
         screen.say(f"engine: {source.engine_choice}")
+        sampling = PixelSampling.for_bundle(source.spec, alignment, interpolation, boundary)
         settings = FeatureSettings(image_channels([pixels]), None, DeepFeatures.for_bundle(source.spec, transforms, sampling))
-        features = np.empty((source.spec.channels, *pixels.shape[:2]), np.float16)
-        for rows, band in PixelFeatures(settings, source).bands(seen):
+        road = PixelFeatures(settings, source)
+        features = np.empty((len(road.names), *pixels.shape[:2]), np.float16)
+        for rows, band in road.bands(seen):
             features[:, rows] = band
     write_array(out, features)
     write_rgb(picture, pca_picture(features))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,8 @@ from phaseline.runtime.bundle import open_bundle
 from phaseline.runtime.contract import FeatureSource
 from phaseline.runtime.engine import check_device
 from phaseline.runtime.errors import UsageError
-from phaseline.runtime.geometry import Alignment, Interpolation
 from phaseline.runtime.output import check_folder
 from phaseline.runtime.source import LocalSource
-from phaseline.runtime.transforms import Boundary
 
 
 def fit_command(
@@ -38,7 +36,7 @@ def fit_command(
     sigma_factor: Annotated[float, typer.Option(help="Scales the classical σ; 0.4 is what Weka does.")] = 1.0,
     transforms: options.Transforms = "none",
     alignment: options.Alignment = "centred",
-    interpolation: options.Interpolation = "bilinear",
+    interpolation: options.Interpolation = "auto",
     boundary: options.Boundary = "reflect",
     overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that tiles share; by default an eighth of a tile.")] = None,
     classifier: Annotated[str, typer.Option(
@@ -71,12 +69,11 @@ def fit_command(
     bundle = bundle or "default"
     pairs = pair_labels(list_images(images), labels)
     given = (transforms, alignment, interpolation, boundary, overlap)
-    if bundle == "none" and given != ("none", "centred", "bilinear", "reflect", None):
+    if bundle == "none" and given != ("none", "centred", "auto", "reflect", None):
         raise UsageError("--transforms, --alignment, --interpolation, --boundary and --overlap are for deep features, which "
                          "--bundle none leaves out; drop them")
     if not classical and sigma_factor != 1:
         raise UsageError("--sigma-factor is for classical features, which --no-classical leaves out; drop it")
-    sampling = PixelSampling(cast(Alignment, alignment), cast(Interpolation, interpolation), cast(Boundary, boundary))
     with contextlib.ExitStack() as stack:
         source: FeatureSource | None = None
         deep = None
@@ -84,6 +81,7 @@ def fit_command(
             chosen: FeatureSource = remote or LocalSource(open_bundle(bundle), known_device, threads)
             source = stack.enter_context(chosen)
             screen.warn_untrained(source.spec)
+            sampling = PixelSampling.for_bundle(source.spec, alignment, interpolation, boundary)
             deep = DeepFeatures.for_bundle(source.spec, transforms, sampling, overlap)
         elif not classical:
             raise UsageError("--bundle none with --no-classical leaves no features; drop one of the two")

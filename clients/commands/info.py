@@ -15,6 +15,7 @@ from phaseline.clients.options import Debug, TlsCa, TlsCert, TlsKey, client_tls,
 from phaseline.clients.publish import describe, list_recipes, served_bundle
 from phaseline.runtime import bundle as bundles
 from phaseline.runtime.bundle import Bundle, open_bundle
+from phaseline.runtime.contract import BundleSpec
 from phaseline.runtime.errors import MissingExtraError, MissingInputError, UsageError
 from phaseline.runtime.ort import PROVIDER_NAMES, import_onnxruntime
 
@@ -65,10 +66,24 @@ def _server(server: str, tls: Tls | None) -> list[tuple[str, str]]:
     spec = served_bundle(server, tls)
     lines = [
         ("server", server),
-        ("bundle", f"{spec.digest()}, {spec.backbone}, weights {spec.weights}{'' if spec.trained else ' (untrained)'}"),
+        ("bundle", f"{spec.digest()}, {_backbone(spec)}"),
         ("tile", f"{spec.tile_px} px, {spec.in_channels} channel(s), stride {spec.stride_px} px, {spec.channels} features"),
+        ("upsampler", _upsampler(spec)),
     ]
     return lines + [("recipe", describe(recipe)) for recipe in list_recipes(server, tls=tls)]
+
+
+def _backbone(spec: BundleSpec) -> str:
+    return f"{spec.backbone}, weights {spec.weights}{'' if spec.trained else ' (untrained)'}"
+
+
+def _upsampler(spec: BundleSpec) -> str:
+    if not spec.has_upsampler:
+        return "none"
+    facts = dict(spec.upsampler)
+    untrained = "" if facts["trained"] else " (untrained)"
+    return (f"{facts['name']}, weights {facts['weights']}{untrained}; {facts['hidden']} hidden channels, {spec.pixel_channels} "
+            "pixel channels")
 
 
 def _bundle(bundle: Bundle) -> list[tuple[str, str]]:
@@ -76,19 +91,24 @@ def _bundle(bundle: Bundle) -> list[tuple[str, str]]:
     lines = [
         ("bundle", str(bundle.path)),
         ("hash", bundle.hash),
-        ("backbone", f"{spec.backbone}, weights {spec.weights}{'' if spec.trained else ' (untrained)'}"),
+        ("backbone", _backbone(spec)),
+        ("upsampler", _upsampler(spec)),
         ("tile", f"{spec.tile_px} px, {spec.in_channels} channel(s); patch {spec.patch_px} px, stride {spec.stride_px} px, "
                  f"{spec.grid}×{spec.grid} tokens"),
         ("features", f"{spec.channels} of {spec.embed_dim} channels; {spec.heads} attention heads; facets: "
                      f"{', '.join(spec.facets) or 'none'}"),
         ("precision", f"{spec.precision}; at most {spec.max_batch} tiles in a batch"),
     ]
-    lines += [(f"graph {form}", f"{name}") for form, name in spec.graphs.items()]
+    lines += [(f"graph {form}", name) for form, name in spec.graphs.items()]
+    lines += [(f"pixel graph {form}", name) for form, name in spec.pixel_graphs.items()]
     lines += [("file", f"{name}, {file.size_bytes} bytes, sha256 {file.sha256}") for name, file in spec.files.items()]
     lines += [("projection", f"{name} {value}") for name, value in spec.projection.items()]
     lines += [("parity", f"{name} {value:.3g}") for name, value in spec.parity.items()]
     lines += [("written by", f"{name} {version}") for name, version in spec.versions.items()]
-    return lines if spec.trained else [*lines, ("note", untrained_note(spec).removeprefix("note: "))]
+    if note := untrained_note(spec):
+        lines.append(("note", note))
+    card = (bundle.path / spec.card).read_text(encoding="utf-8").splitlines() if spec.card else []
+    return lines + [("card" if not i else "", line) for i, line in enumerate(card)]
 
 
 def _recipe(path: Path) -> list[tuple[str, str]]:
@@ -101,9 +121,9 @@ def _recipe(path: Path) -> list[tuple[str, str]]:
         ("window", f"{recipe.window.low:g}…{recipe.window.high:g}"),
         ("classical", "none" if classical is None else f"{classical.channels} features a channel, σ {classical.sigmas} px "
                                                        f"× {classical.sigma_factor:g}"),
-        ("deep", "none" if deep is None else f"transforms {deep.transforms}, {deep.sampling.alignment}, "
-                                             f"{deep.sampling.interpolation}, {deep.sampling.boundary}, overlap "
-                                             f"{deep.overlap_px} px"),
+        ("deep", "none" if deep is None else f"transforms {deep.transforms}, {deep.sampling.interpolation} interpolation, "
+                                             f"{'' if deep.sampling.is_learned else f'alignment {deep.sampling.alignment}, '}"
+                                             f"boundary {deep.sampling.boundary}, overlap {deep.overlap_px} px"),
         ("classifier", f"{recipe.classifier_kind}, {recipe.classifier.n_features} features"),
     ]
     if recipe.bundle is not None:

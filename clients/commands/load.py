@@ -10,13 +10,15 @@ from rich.progress import Progress
 from phaseline.clients import options
 from phaseline.clients.load import Load, LoadReport, run_load
 from phaseline.runtime.errors import ServerFailedError, UsageError
-from phaseline.runtime.protocol import PRIORITIES
+from phaseline.runtime.protocol import BACKBONE, PRIORITIES
 
 
 def load_command(
     server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The server to ask.")],
     published: Annotated[str | None, typer.Option(
-        "--published", metavar="NAME", help="Send frames to segment_NAME; without it, tiles to backbone.")] = None,
+        "--published", metavar="NAME", help="Send frames to segment_NAME; without it, tiles to --model.")] = None,
+    model: Annotated[str | None, typer.Option(
+        "--model", help="What gets tiles: backbone (if not given), or features of a bundle with an upsampler.")] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight.")] = 8,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="How long to measure.")] = 10.0,
     warm_up: Annotated[float, typer.Option("--warm-up", min=0.0, help="Seconds before that.")] = 2.0,
@@ -35,9 +37,11 @@ def load_command(
     del debug
     if priority not in PRIORITIES:
         raise UsageError(f"priority is {priority!r}, expected one of {', '.join(PRIORITIES)}")
+    if published is not None and model is not None:
+        raise UsageError("--published and --model came together; frames go to the one, tiles to the other, drop one of the two")
     screen = options.Screen(quiet)
     load = Load(server, published, concurrency, seconds, warm_up, rows, cols, dtype, timeout, priority,
-                options.client_tls(tls_ca, tls_cert, tls_key))
+                options.client_tls(tls_ca, tls_cert, tls_key), model or BACKBONE)
     with Progress(console=screen.console, transient=True, disable=quiet or not screen.console.is_terminal) as bars:
         bar = bars.add_task(f"asking {server}", total=1.0)
         report = run_load(load, lambda part: bars.update(bar, completed=part))
@@ -57,5 +61,5 @@ def lines(report: LoadReport) -> list[tuple[str, str]]:
         ("throughput", f"{report.throughput:.2f} requests/s"),
         ("latency", f"{latencies} ms"),
         ("message", f"{report.request_bytes / 1e6:.3f} MB in, {report.answer_bytes / 1e6:.3f} MB out"),
-        ("backbone's batches", f"{report.batches.executions}, of {report.batches.mean:.2f} tiles on average"),
+        ("batches of tiles", f"{report.batches.executions}, of {report.batches.mean:.2f} tiles on average"),
     ]

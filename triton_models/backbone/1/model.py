@@ -1,4 +1,4 @@
-"""`backbone`: the tiles of a batch of requests → their patch features, attention and facets."""
+"""`backbone` and `features`: the tiles of a batch of requests → the outputs that the model's configuration names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from phaseline.runtime.bundle import open_bundle
-from phaseline.runtime.contract import ATTENTION, PATCH_FEATURES, TILES
+from phaseline.runtime.contract import TILES
 from phaseline.runtime.engine import check_device
 from phaseline.runtime.source import LocalSource
-from phaseline.triton_models.adapter import CancelledError, RequestLog, parameters, wanted_outputs
+from phaseline.triton_models.adapter import CancelledError, RequestLog, output_names, parameters, wanted_outputs
 
 
 class TritonPythonModel:
@@ -27,8 +27,10 @@ class TritonPythonModel:
         bundle = open_bundle(Path(settings["path"]))
         source = LocalSource(bundle, check_device(settings["device"]), int(settings["threads"]))
         self._source = self._stack.enter_context(source)
-        self._outputs = (PATCH_FEATURES, ATTENTION, *bundle.spec.facets)
-        pb_utils.Logger.log_info(f"backbone: bundle {bundle.hash[:12]}, {source.engine_choice}, {settings['threads']} threads")
+        self._outputs = output_names(args)
+        source.prepare(self._outputs)
+        pb_utils.Logger.log_info(f"{args['model_name']}: bundle {bundle.hash[:12]}, {source.engine_choice}, "
+                                 f"{settings['threads']} threads")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One run for all requests; the outputs that any of them asks for."""

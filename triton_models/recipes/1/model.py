@@ -15,7 +15,7 @@ from phaseline.runtime.errors import UsageError
 from phaseline.runtime.protocol import ANSWER, FILE_CONTENTS, FILE_NAMES, REQUEST
 from phaseline.triton_models.adapter import RequestLog, parameters, text_input
 from phaseline.triton_models.publisher import Publisher
-from phaseline.triton_models.repository import Deployment
+from phaseline.triton_models.repository import PLANS, Deployment
 from phaseline.triton_models.store import RecipeStore
 from phaseline.triton_models.trial import try_recipe
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
         self._log = RequestLog(args)
         deployment = json.loads(settings["deployment"])
         deployment["bundle"] = open_bundle(deployment["bundle"])
-        deployment["plan"] = Path(deployment["plan"]) if deployment["plan"] else None
+        deployment |= {name: Path(deployment[name]) if deployment[name] else None for name in PLANS}
         key = settings["publish_key"]
         self._publisher = Publisher(
             deployment=Deployment(**deployment),

@@ -1,0 +1,1 @@
+"""Training what bundles hold: the compact backbone and the upsampler."""

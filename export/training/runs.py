@@ -1,0 +1,128 @@
+"""A training from its images to weights and model card in a folder.
+
+    OUT/checkpoint.safetensors   state between steps; resumed from
+    OUT/log.jsonl                means every hundred steps
+    OUT/backbone.safetensors     or upsampler.safetensors: the result
+    OUT/MODEL_CARD.md            what it is, what it was trained on, and how
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from phaseline.export.training.backbone import BackboneTask, BackboneTraining
+from phaseline.export.training.card import write_card
+from phaseline.export.training.loop import Schedule, Task, prepare_folder, train
+from phaseline.export.training.micrographs import Micrograph, digest, load_micrographs
+from phaseline.export.training.samples import Pool, make_pool
+from phaseline.export.training.upsampler import UpsamplerTask, UpsamplerTraining
+from phaseline.export.upsampler_weights import save_upsampler
+from phaseline.runtime.errors import MissingInputError
+
+BACKBONE_FILE = "backbone.safetensors"
+UPSAMPLER_FILE = "upsampler.safetensors"
+_HALF_FROM_SIZE = 4096
+Advance = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a training runs.
+
+    Attributes
+    ----------
+    folder
+        Output.
+    images, bundled
+        Folders of micrographs, and whether scikit-image's are added.
+    provenance
+        Markdown for the model card, or None.
+    steps, learning_rate
+        The schedule.
+    device, threads
+        Where to compute.
+    resume, overwrite
+        Go on; start anew.
+    """
+
+    folder: Path
+    images: Sequence[Path]
+    bundled: bool
+    provenance: Path | None
+    steps: int
+    learning_rate: float
+    device: torch.device
+    threads: int | None
+    resume: bool
+    overwrite: bool
+
+
+def train_backbone(training: BackboneTraining, run: Run, advance: Advance) -> list[str]:
+    """Train, and write weights and card.
+
+    Returns
+    -------
+    Lines that say what was written.
+    """
+    micrographs = _begin(run)
+    task = BackboneTask(training, _pool(training, micrographs, run), [m.pixels for m in micrographs], run.device)
+    settings = _train(task, dataclasses.asdict(training), training.seed, micrographs, run, advance)
+    file = run.folder / BACKBONE_FILE
+    state = task.state()
+    stored = {n: t.half() if t.numel() >= _HALF_FROM_SIZE else t.float() for n, t in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file,
+              metadata={"architecture": training.architecture})
+    write_card(run.folder, f"Backbone {training.architecture}", file, settings, micrographs, _text(run.provenance))
+    return [f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB",
+            f"next: phaseline export {training.architecture} --weights {file} --channels {training.channels} --out BUNDLE"]
+
+
+def train_upsampler(training: UpsamplerTraining, run: Run, advance: Advance) -> list[str]:
+    """Train, and write weights and card.
+
+    Returns
+    -------
+    Lines that say what was written.
+    """
+    micrographs = _begin(run)
+    task = UpsamplerTask(training, _pool(training, micrographs, run), [m.pixels for m in micrographs], run.device)
+    settings = _train(task, task.settings, training.seed, micrographs, run, advance)
+    file = run.folder / UPSAMPLER_FILE
+    save_upsampler(task.network, task.network.config, file)
+    write_card(run.folder, f"Upsampler {task.network.config.name}", file, settings, micrographs, _text(run.provenance))
+    return [f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB",
+            f"next: phaseline export … --weights {training.backbone} --upsampler {file} --out BUNDLE"]
+
+
+def _begin(run: Run) -> list[Micrograph]:
+    if run.provenance is not None and not run.provenance.is_file():
+        raise MissingInputError(f"no provenance at {run.provenance}; expected a Markdown file")
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    micrographs = load_micrographs(run.images, bundled=run.bundled)
+    prepare_folder(run.folder, resume=run.resume, overwrite=run.overwrite)
+    return micrographs
+
+
+def _pool(training: BackboneTraining | UpsamplerTraining, micrographs: Sequence[Micrograph], run: Run) -> Callable[[], Pool]:
+    return lambda: make_pool(training.materials, training.crop_px, training.seed, [m.pixels for m in micrographs],
+                             workers=run.threads or torch.get_num_threads())
+
+
+def _train(task: Task, settings: dict[str, Any], seed: int, micrographs: Sequence[Micrograph], run: Run, advance: Advance
+           ) -> dict[str, Any]:
+    schedule = Schedule(steps=run.steps, learning_rate=run.learning_rate)
+    known = {**settings, "steps": run.steps, "learning_rate": run.learning_rate, "images": digest(micrographs)}
+    train(task, schedule, run.folder, seed=seed, settings=known, resume=run.resume, progress=advance)
+    return {**known, "torch": torch.__version__, "device": run.device.type}
+
+
+def _text(file: Path | None) -> str:
+    return "" if file is None else file.read_text(encoding="utf-8")

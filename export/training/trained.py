@@ -1,0 +1,43 @@
+"""Reading what `phaseline train backbone` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from phaseline.export.backbone import Backbone, create_backbone
+from phaseline.export.weights import PROJECTION, load_state, read_state
+from phaseline.runtime.bundle import describe_file
+from phaseline.runtime.errors import MissingInputError, WeightsError
+
+
+def read_backbone(path: Path) -> tuple[Backbone, torch.Tensor, str]:
+    """A trained compact backbone, frozen.
+
+    Returns
+    -------
+    The backbone; its projection, float tensor of shape (k, D); SHA-256 of the file.
+
+    Raises
+    ------
+    MissingInputError
+        No such file.
+    WeightsError
+        It is not a file of `phaseline train backbone`.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"no backbone at {path}; expected backbone.safetensors of `phaseline train backbone`")
+    try:
+        with safe_open(path, "pt") as stored:
+            architecture = (stored.metadata() or {})["architecture"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise WeightsError(f"{path} names no architecture ({error}); expected backbone.safetensors of `phaseline train backbone`"
+                           ) from error
+    backbone, state = create_backbone(architecture), read_state(path)
+    if PROJECTION not in state:
+        raise WeightsError(f"{path} has no tensor {PROJECTION}; expected backbone.safetensors of `phaseline train backbone`")
+    projection = state.pop(PROJECTION).float()
+    load_state(backbone, state, origin=str(path))
+    return backbone, projection, describe_file(path).sha256
