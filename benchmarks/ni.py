@@ -73,13 +73,11 @@ def measure(data: Path, script: Path, draw: str, options: list[str], scratch: Pa
 
 
 def export_untrained(out: Path) -> Path:
-    """The untrained backbone of the first default bundle, with the present default's stride, tile, channels and precision."""
+    """The default bundle of the first issue: random weights, stride 7."""
     from phaseline.export.bundle_writer import ExportOptions, write_bundle
 
-    spec = open_bundle("default").spec
-    return write_bundle(ExportOptions(
-        backbone=UNTRAINED_BACKBONE, weights="random:0", stride_px=spec.stride_px, tile_px=spec.tile_px, channels=spec.channels,
-        in_channels=spec.in_channels, precision=spec.precision), out).path
+    return write_bundle(ExportOptions(backbone=UNTRAINED_BACKBONE, weights="random:0", stride_px=7, tile_px=294, channels=32,
+                                      in_channels=1, precision="fp16"), out).path
 
 
 def configurations(bundles: dict[str, str], variants: list[str]) -> dict[str, list[str]]:
@@ -107,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bundle", type=named, action="append", metavar="NAME=PATH",
                         help="bundles to measure, the first with --variants; by default default=default")
     parser.add_argument("--untrained", action="store_true",
-                        help=f"also {UNTRAINED_BACKBONE} with random weights, exported with the default bundle's geometry")
+                        help=f"also {UNTRAINED_BACKBONE} with random weights, stride 7: the first default bundle")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=[])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

@@ -55,7 +55,8 @@ def test_impossible_specification_is_refused(field: str, value: object, expected
 def test_default_bundle_is_small_and_trained_with_a_card() -> None:
     bundle = open_bundle("default")
     assert sum(file.stat().st_size for file in DEFAULT_BUNDLE.iterdir()) <= 12e6
-    assert bundle.spec.trained and bundle.spec.has_upsampler and bundle.spec.upsampler["trained"]
+    assert bundle.spec.trained and bundle.spec.projection["source"] == "trained with the backbone"
+    assert bundle.spec.card
     assert (bundle.path / bundle.spec.card).read_text(encoding="utf-8").startswith("# ")
 
 
@@ -71,7 +72,7 @@ def test_a_flipped_byte_anywhere_is_found(copied: Path, name: str) -> None:
 
 def test_an_edited_manifest_is_found(copied: Path) -> None:
     content = json.loads((copied / MANIFEST).read_text())
-    content["trained"] = True
+    content["trained"] = not content["trained"]
     (copied / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(BundleError, match="does not match its own hash"):
         open_bundle(copied)

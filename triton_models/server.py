@@ -304,6 +304,8 @@ class TritonServer:
             "backend-directory": self._backends,
             "backend-config": f"python,shm-region-prefix-name={self._shm_prefix}-",
             "model-control-mode": "explicit",
+            # Python models that start side by side have been seen to abort the server (boost::interprocess::lock_exception).
+            "model-load-thread-count": "1",
             "exit-timeout-secs": 20,
             "allow-gpu-metrics": str(self._installation.stub is None).lower(),
             "log-format": "ISO8601",
