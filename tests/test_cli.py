@@ -226,14 +226,14 @@ def test_features_command(workplace: Path, tmp_path: Path) -> None:
     assert run(["features", str(workplace / "images" / "a.png"), "--out", str(out), "--quiet", "--device", "cpu"]) == 0
     features = np.load(out)
     assert features.dtype == np.float16
-    assert features.shape == (open_bundle("default").spec.pixel_channels, 250, 220)
+    assert features.shape == (open_bundle("default").spec.channels, 250, 220)
     colours = read(out.with_suffix(".png"))
     assert colours.shape == (250, 220, 3)
     assert colours.std(axis=(0, 1)).min() > 10
 
 
 def test_info(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in (([], "engine cpu"), ([str(workplace / "deep")], "transforms none, learned interpolation, boundary"),
+    for words, expected in (([], "engine cpu"), ([str(workplace / "deep")], "transforms none, bilinear interpolation, alignment centred"),
                             ([str(workplace / "classical")], "7 class 7")):
         assert run(["info", *words]) == 0
         assert expected in capsys.readouterr().out
@@ -243,8 +243,7 @@ def test_info_of_the_default_bundle_shows_card_provenance_and_hashes(capsys: pyt
     assert run(["info", "default"]) == 0
     said, bundle = capsys.readouterr().out, open_bundle("default")
     assert bundle.hash in said and f"weights {bundle.spec.weights}" in said
-    assert f"{bundle.spec.upsampler['name']}, weights {bundle.spec.upsampler['weights']}" in said
-    assert f"{bundle.spec.upsampler['hidden']} hidden channels, {bundle.spec.pixel_channels} pixel channels" in said
+    assert "source trained with the backbone" in said
     for name, file in bundle.spec.files.items():
         assert f"{name}, {file.size_bytes} bytes, sha256 {file.sha256}" in said
     card = (bundle.path / bundle.spec.card).read_text(encoding="utf-8")
@@ -258,7 +257,10 @@ def test_untrained_weights_are_said(
                 str(tiny_bundle.path)]) == 0
     assert "weights are untrained (random:0)" in capsys.readouterr().err
     assert run(["info", str(tiny_bundle.path)]) == 0
-    assert "weights are untrained (random:0)" in capsys.readouterr().out
+    said, spec = capsys.readouterr().out, tiny_bundle.spec
+    assert "weights are untrained (random:0)" in said
+    assert f"{spec.upsampler['name']}, weights {spec.upsampler['weights']}" in said
+    assert f"{spec.upsampler['hidden']} hidden channels, {spec.pixel_channels} pixel channels" in said
 
 
 def test_interpolation_is_chosen(
