@@ -219,7 +219,7 @@ def test_a_deadline_is_kept(client: Client) -> None:
 def occupy(server: TritonServer, client: Client) -> list[Any]:
     """Give `segment_averaged` more than it works on at once; returns when some of it waits."""
     slow = infer_request("segment_averaged", {"image_uint16": frame(1, 300, 300)[None]}, ["labels"])
-    calls = [client.stub.ModelInfer.future(slow, timeout=60) for _ in range(9)]
+    calls = [client.stub.ModelInfer.future(slow, timeout=300) for _ in range(9)]
     pending = re.compile(rb'nv_inference_pending_request_count\{model="segment_averaged",version="1"\} [1-9]')
     wait_for(lambda: pending.search(http(server, "metrics", "metrics")[1]) is not None)
     return calls
@@ -238,7 +238,7 @@ def test_interactive_goes_before_batch(server: TritonServer, client: Client) -> 
     ended: list[str] = []
     for priority, rows in (("batch", 97), ("batch", 98), ("interactive", 99)):
         request = infer_request("segment_averaged", {"image_uint16": frame(1, rows)[None]}, ["labels"], priority=priority)
-        call = client.stub.ModelInfer.future(request, timeout=60)
+        call = client.stub.ModelInfer.future(request, timeout=300)
         call.add_done_callback(lambda _, name=f"{priority} {rows}": ended.append(name))
         calls.append(call)
     for call in calls:
@@ -250,7 +250,7 @@ def test_interactive_goes_before_batch(server: TritonServer, client: Client) -> 
 def test_a_full_queue_says_busy(server: TritonServer, client: Client) -> None:
     calls = occupy(server, client)
     small = infer_request("segment_averaged", {"image_uint16": GOOD[None, :9, :9]}, ["labels"])
-    many = [client.stub.ModelInfer.future(small, timeout=60) for _ in range(400)]
+    many = [client.stub.ModelInfer.future(small, timeout=300) for _ in range(400)]
     answers, problems = [], []
     for call in many:
         try:
@@ -635,7 +635,7 @@ def test_the_command_serves_until_it_is_told_to_stop(
             np.testing.assert_array_equal(client.segment("cells", GOOD)[0], embedded(recipes["deep"], tiny_bundle, GOOD))
     finally:
         process.send_signal(stop)
-        rest = process.communicate(timeout=60)[1]
+        rest = process.communicate(timeout=300)[1]
     assert process.returncode == 0 and rest.strip().endswith("stopped")
     names = {path.name for folder in (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp"))) for path in folder.iterdir()}
     assert not any(f"-{process.pid}-" in name for name in names)
