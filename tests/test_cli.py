@@ -233,7 +233,8 @@ def test_features_command(workplace: Path, tmp_path: Path) -> None:
 
 
 def test_info(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in (([], "engine cpu"), ([str(workplace / "deep")], "transforms none, bilinear interpolation, alignment centred"),
+    for words, expected in (([], "engine cpu"),
+                            ([str(workplace / "deep")], "transforms none, bilinear interpolation, alignment centred"),
                             ([str(workplace / "classical")], "7 class 7")):
         assert run(["info", *words]) == 0
         assert expected in capsys.readouterr().out
