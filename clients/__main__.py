@@ -22,6 +22,7 @@ from phaseline.clients.commands.info import info_command
 from phaseline.clients.commands.load import load_command
 from phaseline.clients.commands.publish import publish_command
 from phaseline.clients.commands.segment import segment_command
+from phaseline.clients.commands.volume import planes_command, verify_command
 from phaseline.clients.options import fail
 from phaseline.runtime.errors import PhaselineError, StoppedError, UsageError
 
@@ -48,7 +49,7 @@ def build_app() -> typer.Typer:
 
     for name, command in (("demo", demo_command), ("fit", fit_command), ("segment", segment_command),
                           ("features", features_command), ("info", info_command), ("publish", publish_command),
-                          ("load", load_command)):
+                          ("load", load_command), ("verify", verify_command), ("planes", planes_command)):
         app.command(name)(command)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         provided = entry.load()

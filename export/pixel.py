@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from phaseline.export.strided import StridedViT
-from phaseline.export.upsampler import SLOPE, DoubleConv, Down, Up, Upsampler
+from phaseline.export.upsampler import GUIDANCE_RANGE, SLOPE, DoubleConv, Down, Up, Upsampler, standardised
 from phaseline.runtime.errors import UsageError
 from phaseline.runtime.geometry import sampling_matrix, token_positions
 
@@ -121,12 +121,18 @@ class PixelFeatures(nn.Module):
         config = upsampler.config
         self.cells, self.patch, self.scale = cells, config.patch_size, config.feature_scale
         self.work_dtype = torch.float16 if half else torch.float32
-        # Padding with zeros would pad normalised pixels: then they are normalised beforehand.
-        self.raw = config.padding_mode != "zeros"
-        self.image_channels = in_channels if self.raw else 3
         mean, std = upsampler.mean.double().flatten(), upsampler.std.double().flatten()
+        self.standardised = config.guidance == "standardised"
+        if self.standardised:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        # Padding with zeros would pad normalised pixels: then they are normalised beforehand.
+        self.raw = config.padding_mode != "zeros" or self.standardised
+        self.image_channels = in_channels if self.raw else 3
         # Of the image as the convolutions see it.
-        self.image_range = (0.0, 255.0) if self.raw else (float((-mean / std).min()), float(((255 - mean) / std).max()))
+        if self.standardised:
+            self.image_range = (-GUIDANCE_RANGE, GUIDANCE_RANGE)
+        else:
+            self.image_range = (0.0, 255.0) if self.raw else (float((-mean / std).min()), float(((255 - mean) / std).max()))
         self.register_buffer("mean", mean.float().view(1, 3, 1, 1))
         self.register_buffer("std", std.float().view(1, 3, 1, 1))
 
@@ -184,7 +190,9 @@ class PixelFeatures(nn.Module):
 
     def _image(self, tiles: torch.Tensor) -> torch.Tensor:
         image = tiles.float()
-        if not self.raw:
+        if self.standardised:
+            image = standardised(image)
+        elif not self.raw:
             image = (image.repeat(1, 3 // image.shape[1], 1, 1) - self.mean) / self.std
         return _filled(image.to(self.work_dtype))
 

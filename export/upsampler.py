@@ -8,8 +8,9 @@
 
 with n = ceil(log2(patch)) levels. Names and shapes of the parameters are those of the authors' published checkpoints.
 
-A numeric trap: the guidance is the image in *0–255*, normalised with ImageNet's mean and deviation *for 0–1*, in training and
-use alike; the backbone takes 0–1.
+A numeric trap: the published guidance is the image in *0–255*, normalised with ImageNet's mean and deviation *for 0–1*, in
+training and use alike; the backbone takes 0–1. Ours is standardised instead: relative to the tile's own mean and deviation, so
+that a brighter field of view has the same features.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from phaseline.runtime.errors import UsageError
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES: tuple[PaddingMode, ...] = get_args(PaddingMode)
+Guide = Literal["published", "standardised"]
+GUIDES: tuple[Guide, ...] = get_args(Guide)
 SLOPE = 0.01
+GUIDANCE_RANGE = 5.0
+"""Standardised pixels are clipped to ± this many deviations."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class UpsamplerConfig:
     feature_scale
         None: patch features enter L1-normalised over their channels, and pixel features come out so (published). A number:
         patch features are multiplied by it on the way in and pixel features divided by it, so that both are on one scale.
+    guidance
+        How the image enters: ``published`` (0–255, normalised with ImageNet's mean and deviation for 0–1), or ``standardised``
+        (see `standardised`).
     """
 
     name: str
@@ -71,6 +79,7 @@ class UpsamplerConfig:
     padding_mode: PaddingMode = "replicate"
     weights_init: str = "default"
     feature_scale: float | None = None
+    guidance: Guide = "published"
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -85,6 +94,7 @@ class UpsamplerConfig:
         check(_positive(self.patch_size) and self.patch_size > 1, "patch_size", "an integer of at least 2")
         check(self.padding_mode in PADDING_MODES, "padding_mode", f"one of {', '.join(PADDING_MODES)}")
         check(self.feat_weight <= 0, "feat_weight", "0 or less: adding patch features again is not implemented")
+        check(self.guidance in GUIDES, "guidance", f"one of {', '.join(GUIDES)}")
         check(self.feature_scale is None or 0 < self.feature_scale < math.inf, "feature_scale", "a positive number, or none")
 
     @property
@@ -101,6 +111,26 @@ class UpsamplerConfig:
         # Both ends are among the Ups' widths, rounded down in between.
         steps = max(self.levels - 1, 1)
         return [hidden, *(int(hidden + (self.n_ch_out - hidden) * i / steps) for i in range(self.levels))]
+
+
+def standardised(image_0_255: torch.Tensor) -> torch.Tensor:
+    """Pixels relative to their tile: (x − mean) / deviation, clipped to ± `GUIDANCE_RANGE`; deviations are at least 1 level.
+
+    Sums are products with ones, since engines split a ReduceSum differently in batches of different sizes.
+
+    Parameters
+    ----------
+    image_0_255
+        float tensor of shape (n, channels, rows, cols), range 0–255. Mean and deviation are those of all channels together.
+    """
+    channels, rows, cols = image_0_255.shape[1:]
+    left = torch.full((1, channels * rows), 1 / (channels * rows), dtype=image_0_255.dtype, device=image_0_255.device)
+    right = torch.full((cols, 1), 1 / cols, dtype=image_0_255.dtype, device=image_0_255.device)
+    flat = image_0_255.flatten(1, 2)
+    centred = flat - left @ (flat @ right)
+    variance = left @ ((centred * centred) @ right)
+    relative = centred / variance.clamp(min=1.0).sqrt()
+    return relative.clamp(-GUIDANCE_RANGE, GUIDANCE_RANGE).unflatten(1, (channels, rows))
 
 
 class DoubleConv(nn.Module):
@@ -227,8 +257,16 @@ class Upsampler(nn.Module):
         -------
         float tensor of shape (n, n_ch_out, H, W), on the scale of `low_res`.
         """
-        guidance = self.downsampler((image_0_255.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        image = self.guide(image_0_255).expand(-1, 3, -1, -1)
+        # Channels last all the way: twice as fast in training on CPUs.
+        guidance = self.downsampler(image.contiguous(memory_format=torch.channels_last))
         return functional.interpolate(self.upsampler(low_res, guidance), image_0_255.shape[2:])
+
+    def guide(self, image_0_255: torch.Tensor) -> torch.Tensor:
+        """Pixels (n, 1 or 3, H, W) of 0–255 as the guidance sees them, of the same shape or with 3 channels."""
+        if self.config.guidance == "standardised":
+            return standardised(image_0_255)
+        return (image_0_255.expand(-1, 3, -1, -1) - self.mean) / self.std
 
     def normalised(self, features: torch.Tensor) -> torch.Tensor:
         """Patch features (n, n_ch_in, h, w) as `forward` takes them: L1-normalised, or times `feature_scale`."""

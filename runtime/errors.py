@@ -5,6 +5,7 @@
     │   ├── MissingInputError (FileNotFoundError)
     │   └── OutputExistsError (FileExistsError)
     ├── ImageError (ValueError)              an image that cannot be read or used
+    │   └── VolumeError                      a volume, or a part of one, that cannot be read or used
     ├── LabelError (ValueError)              labels that cannot be trained on
     ├── ArtefactError (ValueError)
     │   ├── BundleError                      a bundle that is damaged, foreign or unfit
@@ -23,6 +24,7 @@
     │   │   └── UnknownModelError (LookupError)  it has no such model
     │   └── ServerFailedError                it failed while working on it
     ├── OutputError (OSError)                an output that cannot be written
+    ├── JobError (RuntimeError)              a job over a volume that cannot be begun, gone on with, or completed
     ├── StoppedError                         the user stopped a run that can go on; the command line exits with 130
     └── MissingExtraError (ImportError)      an optional dependency that is not installed
 
@@ -50,6 +52,10 @@ class OutputExistsError(UsageError, FileExistsError):
 
 class ImageError(PhaselineError, ValueError):
     """An image that cannot be read, or whose pixels cannot be used."""
+
+
+class VolumeError(ImageError):
+    """A volume, or a part of one, that cannot be read, or whose voxels cannot be used."""
 
 
 class LabelError(PhaselineError, ValueError):
@@ -132,6 +138,10 @@ class ServerFailedError(ServerError):
 
 class OutputError(PhaselineError, OSError):
     """An output that cannot be written."""
+
+
+class JobError(PhaselineError, RuntimeError):
+    """A job over a volume that cannot be begun, gone on with, or completed as asked."""
 
 
 class StoppedError(PhaselineError):

@@ -24,7 +24,7 @@ environment() {
 # The extras that tests and lint need. Two of them only where they can be installed; their tests skip elsewhere, and say so:
 # crf compiles C++; server (Triton's wheel) needs numpy 1, which has no wheel for Python 3.13 and later.
 test_extras() {
-    local extras=cpu,export,sklearn,client,bench,test
+    local extras=cpu,export,sklearn,client,volumes,cluster,bench,test
     if command -v c++ >/dev/null; then
         extras+=,crf
     else

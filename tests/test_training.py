@@ -220,7 +220,8 @@ def test_backbone_command_writes_weights_and_card(trained: Path) -> None:
 @pytest.mark.parametrize("target", ["averaged", "implicit"])
 def test_upsampler_learns_its_target(trained: Path, tmp_path: Path, target: str) -> None:
     training = UpsamplerTraining(backbone=str(trained / "backbone.safetensors"), target=target,  # type: ignore[arg-type]
-                                 episode_weight=0, hidden=8, crop_px=56, tile_px=84, scenes=2, views=2, implicit_images=2)
+                                 episode_weight=0, map_weight=0, hidden=8, crop_px=56, tile_px=84, scenes=2, views=2,
+                                 implicit_images=2)
     def no_pool() -> Pool:
         raise AssertionError("without episodes no material is needed")
 
@@ -280,5 +281,5 @@ def test_a_pair_shows_one_place_twice() -> None:
 
 
 def test_an_episode_shows_two_fields(pool: Pool) -> None:
-    images, phases = draw_episode(pool, 42, np.random.default_rng(0))
-    assert images.shape == phases.shape == (2, 42, 42)
+    episode = draw_episode(pool, 42, np.random.default_rng(0))
+    assert episode.images.shape == episode.phases.shape == (2, 42, 42) and episode.maps is None

@@ -3,6 +3,8 @@
     --recipe                 all of it here
     --recipe, --server       deep features at the servers, the rest here
     --published, --server    images go out, labels come back
+
+A volume is a job of its own, see `commands.volume`.
 """
 
 from __future__ import annotations
@@ -11,25 +13,45 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from phaseline.clients import options
 from phaseline.clients.batch import SERVERS_LOST, Job, pending, plan, report_path, segment_files
+from phaseline.clients.commands.volume import (
+    Dataset,
+    Level,
+    MissingChunks,
+    Raw,
+    input_order,
+    refuse_options,
+    run_job,
+    typed_command,
+    wants_volume,
+)
 from phaseline.clients.crf import CRFParameters, import_densecrf
 from phaseline.clients.images import list_images
+from phaseline.clients.jobs.blocks import check_axes
+from phaseline.clients.jobs.cluster import parse_cluster
+from phaseline.clients.jobs.memory import parse_bytes
+from phaseline.clients.jobs.order import EngineOrder
+from phaseline.clients.jobs.request import JobRequest
 from phaseline.clients.kserve import parse_servers
 from phaseline.clients.recipe import recipe_hash
+from phaseline.clients.remote import Transport
 from phaseline.clients.remote_segmenter import RemoteSegmenter
 from phaseline.clients.segmenter import Segmenter
-from phaseline.runtime.errors import ImageError, PhaselineError, StoppedError, UsageError
+from phaseline.runtime.errors import ImageError, MissingInputError, PhaselineError, StoppedError, UsageError
 
 
 def segment_command(
-    images: Annotated[Path, typer.Argument(metavar="INPUT", help="An image, or a folder of images.")],
-    out: Annotated[Path, typer.Option("--out", help="The label image; for a folder of images, a folder.")],
+    images: Annotated[Path, typer.Argument(
+        metavar="INPUT", help="An image, a folder of images, or a volume (HDF5, Zarr, TIFF stack, raw; a folder of TIFF planes "
+                              "if OUT is a volume).")],
+    out: Annotated[Path, typer.Option(
+        "--out", help="The label image; for a folder of images, a folder; for a volume, .ome.zarr, .h5 or .tif.")],
     recipe: Annotated[Path | None, typer.Option("--recipe", help="The folder that `phaseline fit` wrote.")] = None,
     published: Annotated[str | None, typer.Option(
         "--published", metavar="NAME", help="Instead of --recipe: one that the servers have; they then do all.")] = None,
@@ -39,6 +61,24 @@ def segment_command(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write the classes' probabilities too (NPY).")] = False,
     crf: Annotated[bool, typer.Option("--crf", help="Refine the labels with a dense conditional random field.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    axes: Annotated[str, typer.Option(
+        "--axes", help="Volumes: label slices across plane, row or col; 3: the mean over all three directions.")] = "plane",
+    region: Annotated[str | None, typer.Option(
+        "--region", metavar="P,R,C", help="Volumes: part of it, as START:STOP:STEP for planes, rows, columns.")] = None,
+    dataset: Dataset = None,
+    level: Level = None,
+    raw: Raw = None,
+    missing_chunks: MissingChunks = "refuse",
+    memory: Annotated[str | None, typer.Option(
+        "--memory", help="Volumes: what all processes here may take, e.g. 4GiB; by default half of what is free.")] = None,
+    cluster: Annotated[str | None, typer.Option(
+        "--cluster", help="Volumes: who does the blocks: local:N processes, tcp://HOST:PORT of a Dask scheduler, or a "
+                          "dask-jobqueue FILE.yaml.")] = None,
+    slices: Annotated[int | None, typer.Option(
+        "--block", min=1, help="Volumes: slices in a block; by default by memory.")] = None,
+    allow_failed: Annotated[bool, typer.Option(
+        "--allow-failed", help="Volumes: complete the output although slices could not be labelled; they are 0.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Volumes: print the plan, and do nothing.")] = False,
     transport: options.TransportChoice = "auto",
     timeout: options.Timeout = None,
     tls_ca: options.TlsCa = None,
@@ -50,11 +90,33 @@ def segment_command(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Segment images with a recipe: here, with servers that compute its deep features, or by servers altogether."""
+    """Segment images or a volume with a recipe: here, with servers that compute its deep features, or by servers altogether."""
     del debug
     screen = options.Screen(quiet)
     if resume and overwrite:
         raise UsageError("--resume and --overwrite came together; --resume keeps what is done, --overwrite does it again")
+    if not images.exists():
+        raise MissingInputError(f"{images} does not exist; give an image, a folder of images, or a volume")
+    of_volumes: dict[str, object] = {
+        "--axes": axes if axes != "plane" else None, "--region": region, "--dataset": dataset, "--level": level, "--raw": raw,
+        "--memory": memory, "--cluster": cluster, "--block": slices, "--allow-failed": allow_failed or None,
+        "--dry-run": dry_run or None}
+    if wants_volume(images, out, raw):
+        if published is not None or crf or recipe is None:
+            raise UsageError("a volume is segmented with a recipe's folder: give --recipe (and --server, if servers are to compute "
+                             "its deep features), and leave out --published and --crf")
+        tls = options.client_tls(tls_ca, tls_cert, tls_key)
+        options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)  # refuses
+        run_job(JobRequest(
+            input=input_order(images, dataset, level, raw, missing_chunks, region),
+            engine=EngineOrder(recipe, bundle, () if server is None else tuple(parse_servers(server)), cast(Transport, transport),
+                               60.0 if timeout is None else timeout, tls, device, threads),
+            out=out, axes=check_axes(axes), confidence=confidence, probabilities=probabilities,
+            memory_bytes=None if memory is None else parse_bytes(memory), cluster=parse_cluster(cluster), slices=slices,
+            allow_failed=allow_failed, command=typed_command(),
+        ), screen, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        return
+    refuse_options(images, out, of_volumes)
     tls = options.client_tls(tls_ca, tls_cert, tls_key)
     source = options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)
     remote = None

@@ -51,7 +51,8 @@ def draw_acquisition(random: np.random.Generator) -> Acquisition:
         brightness=float(random.uniform(-0.15, 0.15)), inverted=bool(random.random() < 0.3),
         blur_px=float(random.choice([0.0, random.uniform(0.3, 1.5)])),
         sharpen=float(random.choice([0.0, random.uniform(0, 0.8)])),
-        noise=float(random.choice([random.uniform(0, 0.02), random.uniform(0.01, 0.1)])),
+        noise=float(random.choice([random.uniform(0, 0.02), random.uniform(0.01, 0.1), np.exp(random.uniform(-3, -1))],
+                                  p=[0.45, 0.45, 0.1])),
         noise_px=float(random.choice([0.0, random.uniform(0.3, 1.0)])),
         shading=float(random.choice([0.0, random.uniform(0, 0.2)])))
 
@@ -60,10 +61,15 @@ def vary(settings: Acquisition, random: np.random.Generator) -> Acquisition:
     """The same instrument on another day."""
     return dataclasses.replace(
         settings, gamma=settings.gamma * float(np.exp(random.normal(0, 0.15))),
-        contrast=settings.contrast * float(np.exp(random.normal(0, 0.2))),
-        brightness=settings.brightness + float(random.normal(0, 0.08)),
+        contrast=settings.contrast * float(np.exp(random.normal(0, 0.3))),
+        brightness=settings.brightness + float(random.normal(0, 0.12)),
         blur_px=settings.blur_px * float(random.uniform(0.6, 1.4)), noise=settings.noise * float(random.uniform(0.6, 1.6)),
         shading=settings.shading * float(random.uniform(0, 1.5)))
+
+
+def without_noise(settings: Acquisition) -> Acquisition:
+    """The same contrast, with sharp optics, even light and no noise."""
+    return dataclasses.replace(settings, blur_px=0.0, sharpen=0.0, noise=0.0, shading=0.0)
 
 
 def record(scene: F32, settings: Acquisition, random: np.random.Generator) -> F32:

@@ -134,7 +134,8 @@ class BackboneTask:
     def loss(self, random: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of one batch; logs both objectives and the share of pixels labelled rightly."""
         training = self.training
-        crops, phases = zip(*(draw_episode(self._pool, training.crop_px, random) for _ in range(training.episodes)), strict=True)
+        episodes_drawn = [draw_episode(self._pool, training.crop_px, random) for _ in range(training.episodes)]
+        crops, phases = [e.images for e in episodes_drawn], [e.phases for e in episodes_drawn]
         pairs, turns = [], []
         for _ in range(training.pairs if training.invariance else 0):
             views, turned = draw_pair(self._micrographs, training.crop_px, random)

@@ -75,9 +75,13 @@ def upsampler_command(
     bundled: Bundled = True,
     target: Annotated[str, typer.Option(
         help="What pixel features are to equal: averaged (shifted, flipped and turned views at a finer stride) or implicit "
-             "(FeatUp: a small network fitted to many views of each image; made beforehand, slow).")] = "averaged",
+             "(FeatUp: a small network fitted to many views of each image; made beforehand, slow); none: learn from generated "
+             "materials only.")] = "averaged",
     episodes: Annotated[float, typer.Option(
-        help="Weight of labelling generated materials from few pixels, next to the target; 0: the target only.")] = 1.0,
+        help="Weight of labelling generated materials from few pixels, next to the target; 0: not at all.")] = 1.0,
+    maps: Annotated[float, typer.Option(
+        help="Weight of telling, linearly, what is known of generated materials (thickness, borders, particles, grey levels); 0: "
+             "not at all.")] = 1.0,
     hidden: Annotated[int, typer.Option(help="Channels inside.")] = 32,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 2000,
     learning_rate: Annotated[float, typer.Option(help="Its peak; the paper has 1e-4.")] = 1e-3,
@@ -97,8 +101,8 @@ def upsampler_command(
     from phaseline.export.training import runs
     from phaseline.export.training.upsampler import UpsamplerTraining, check_target
 
-    training = UpsamplerTraining(backbone=str(backbone), target=check_target(target), episode_weight=episodes, hidden=hidden,
-                                 materials=materials, seed=seed)
+    training = UpsamplerTraining(backbone=str(backbone), target=check_target(target), episode_weight=episodes, map_weight=maps,
+                                 hidden=hidden, materials=materials, seed=seed)
     run = runs.Run(out, images or [], bundled, provenance, steps, learning_rate, choose_device(device), threads, resume,
                    overwrite)
     with _progress(steps, quiet) as progress:

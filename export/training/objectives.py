@@ -13,6 +13,7 @@ from torch.nn import functional
 
 RIDGE = 0.3
 """Regularisation in units of the support features' mean square."""
+_LARGEST_SCORE = 15.0
 
 
 def sample_pixels(maps: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, patch_px: int, stride_px: int) -> torch.Tensor:
@@ -67,14 +68,23 @@ def episode_loss(support: torch.Tensor, support_labels: torch.Tensor, query: tor
     targets = functional.one_hot(support_labels, classes).float()
     targets = targets - targets.mean(dim=1, keepdim=True)
     scale = a.square().sum(dim=2).mean(dim=1).clamp(min=1e-6)[:, None, None]
-    aw = a * weight
-    gram = aw @ aw.transpose(1, 2) + RIDGE * scale * torch.eye(a.shape[1], device=a.device)
-    solution = aw.transpose(1, 2) @ torch.linalg.solve(gram, targets * weight)
-    scores = (b @ solution) * temperature
+    solution = _ridge(a * weight, targets * weight, RIDGE * scale)
+    # A wrong answer that is certain must not outweigh a batch.
+    scores = _LARGEST_SCORE * torch.tanh((b @ solution) * temperature / _LARGEST_SCORE)
     scores = scores.masked_fill(~present[:, None], -1e4)
     loss = functional.cross_entropy(scores[known], query_labels[known])
     right = (scores[known].argmax(dim=1) == query_labels[known]).float().mean()
     return loss, right
+
+
+def _ridge(points: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Solution (episodes, k, classes) of ridge regression, by whichever of the two normal equations is smaller."""
+    count, channels = points.shape[1:]
+    if count < channels:
+        gram = points @ points.transpose(1, 2) + penalty * torch.eye(count, device=points.device)
+        return points.transpose(1, 2) @ torch.linalg.solve(gram, targets)
+    gram = points.transpose(1, 2) @ points + penalty * torch.eye(channels, device=points.device)
+    return torch.linalg.solve(gram, points.transpose(1, 2) @ targets)
 
 
 def invariance_loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

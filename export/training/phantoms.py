@@ -2,10 +2,11 @@
 
     material ─▶ layout (matrix, particles of several sizes and shapes, lamellae, grains, pores) ─▶ phase of every pixel
                    │
-                   └─▶ look of each phase (grey level, texture drawn or cut from a micrograph, rims) ─▶ grey image
+                   ├─▶ look of each phase (grey level, texture drawn or cut from a micrograph, rims) ─┐
+                   └─▶ relief: how an etched surface looks (bright edges, shaded flanks, halos) ──────┴─▶ grey image
 
 Images of one material differ as the fields of view of one specimen do: same phases, other places. Phases often share their grey
-level, so that size, shape or texture has to tell them apart.
+level, so that size, shape, texture or what surrounds them has to tell them apart.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 MAX_PHASES = 5
 """Phases of a material at most, matrix included."""
 _MAX_PARTICLES = 500
+_CORNERS = 36
 _SHRINK = 4  # cv2 draws with sub-pixel corners of 1/16 px
 SHARE_SIZE_TWIN = 0.4
 SHARE_SAME_GREY = 0.35
 SHARE_CUT_TEXTURE = 0.4
+SHARE_RELIEF = 0.5
+SHARE_GREY_OF_MATRIX = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Phase:
         Correlation length and amplitude of its drawn texture.
     cut
         Which micrograph its texture is cut from, or -1.
+    irregularity
+        Deviation of a particle's radius along its outline, as a share of it.
     """
 
     shape: Shape
@@ -70,6 +76,35 @@ class Phase:
     texture_px: float
     texture_strength: float
     cut: int
+    irregularity: float
+
+
+@dataclass(frozen=True)
+class Relief:
+    """How secondary electrons, or oblique light, show a surface whose phases stand at different heights.
+
+    Attributes
+    ----------
+    heights
+        Of each phase, −1…1.
+    flank_px
+        Deviation of the Gaussian that rounds the steps between them.
+    edge, side
+        Brightness of the steps; on the upper side of them only (1), the lower (−1), or both (0).
+    shade, angle
+        Brightness of flanks that face the detector, and where it is, in radians.
+    halo, halo_px
+        Brightness added to what is higher than its surroundings, and how far these reach.
+    """
+
+    heights: tuple[float, ...]
+    flank_px: float
+    edge: float
+    side: float
+    shade: float
+    angle: float
+    halo: float
+    halo_px: float
 
 
 @dataclass(frozen=True)
@@ -82,10 +117,13 @@ class Material:
         The matrix first; its shape and size are those of its grains.
     grains
         Whether the matrix is made of grains of different grey.
+    relief
+        Of the surface, or None: flat.
     """
 
     phases: tuple[Phase, ...]
     grains: bool
+    relief: Relief | None = None
 
 
 def draw_material(random: np.random.Generator, micrographs: int = 0) -> Material:
@@ -110,7 +148,12 @@ def draw_material(random: np.random.Generator, micrographs: int = 0) -> Material
                                                 coverage=float(random.uniform(0.04, 0.25)))
         elif random.random() < SHARE_SAME_GREY:
             phases[index] = dataclasses.replace(phases[index], grey=twin.grey)
-    return Material(tuple(phases), grains=bool(random.random() < 0.25))
+    relief = _draw_relief(random, count) if random.random() < SHARE_RELIEF else None
+    if relief is not None and random.random() < SHARE_GREY_OF_MATRIX:
+        # Only their outlines tell particles from matrix: what lies inside one has to be found from its edge.
+        grey = phases[0].grey
+        phases[1:] = [dataclasses.replace(phase, grey=float(grey + random.normal(0, 0.04))) for phase in phases[1:]]
+    return Material(tuple(phases), bool(random.random() < 0.25), relief)
 
 
 def render(material: Material, side_px: int, random: np.random.Generator, micrographs: Sequence[U8] = ()) -> tuple[F32, U8]:
@@ -153,7 +196,37 @@ def render(material: Material, side_px: int, random: np.random.Generator, microg
             grey += np.where(where, phase.rim * 4 * inside * (1 - inside), 0)
         texture = _texture(phase, side_px, random, micrographs)
         grey[where] += texture[where]
+    if material.relief is not None:
+        grey += _shading(material.relief, labels)
     return grey, labels
+
+
+def _draw_relief(random: np.random.Generator, phases: int) -> Relief:
+    return Relief(
+        heights=tuple(float(h) for h in random.uniform(-1, 1, phases)),
+        flank_px=float(np.exp(random.uniform(np.log(0.8), np.log(3.5)))),
+        edge=float(random.choice([0.0, random.uniform(0.1, 0.6)], p=[0.2, 0.8])),
+        side=float(random.uniform(-1, 1)),
+        shade=float(random.choice([0.0, random.uniform(0.05, 0.4)])),
+        angle=float(random.uniform(0, 2 * np.pi)),
+        halo=float(random.choice([0.0, random.uniform(-0.1, 0.2)])),
+        halo_px=float(random.uniform(4, 14)),
+    )
+
+
+def _shading(relief: Relief, labels: U8) -> F32:
+    """What the relief adds to the grey levels."""
+    height = np.asarray(relief.heights, np.float32)[labels]
+    smooth = cv2.GaussianBlur(height, (0, 0), relief.flank_px)
+    slope_row, slope_col = np.gradient(smooth)
+    # A step of 1 then has a slope of about 1 on its flank, however wide that is.
+    scale = np.float32(2.5 * relief.flank_px)
+    upper = 0.5 * (1 + relief.side * np.sign(height - smooth))
+    added = relief.edge * upper * np.hypot(slope_row, slope_col) * scale
+    added += relief.shade * scale * (np.cos(relief.angle) * slope_row + np.sin(relief.angle) * slope_col)
+    if relief.halo:
+        added += relief.halo * (height - cv2.GaussianBlur(height, (0, 0), relief.halo_px))
+    return added.astype(np.float32)
 
 
 def _draw_phase(random: np.random.Generator, micrographs: int) -> Phase:
@@ -161,7 +234,7 @@ def _draw_phase(random: np.random.Generator, micrographs: int) -> Phase:
     return Phase(
         shape=SHAPES[int(random.choice(len(SHAPES), p=[0.2, 0.2, 0.25, 0.1, 0.15, 0.1]))],
         size_px=float(np.exp(random.uniform(np.log(1.5), np.log(45)))),
-        coverage=float(random.uniform(0.05, 0.4)),
+        coverage=float(random.uniform(0.05, 0.6)),
         angle=float(random.uniform(0, np.pi)),
         spread=float(random.choice([0.05, 0.3, np.pi])),
         elongation=float(random.uniform(1.0, 2.5)),
@@ -171,6 +244,7 @@ def _draw_phase(random: np.random.Generator, micrographs: int) -> Phase:
         texture_px=float(np.exp(random.uniform(np.log(0.6), np.log(5)))),
         texture_strength=float(random.choice([0.0, random.uniform(0.01, 0.1)])),
         cut=int(random.integers(micrographs)) if cut else -1,
+        irregularity=float(random.choice([0.0, random.uniform(0.02, 0.2)])),
     )
 
 
@@ -209,7 +283,7 @@ def _particles(phase: Phase, index: int, labels: U8, grey: F32, random: np.rando
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         stretch = np.array([long, 1.0]) if phase.shape != "needle" else np.array([long, 0.35])
         centre = random.uniform(-scale, side + scale, 2)
-        corners = (outline * stretch * scale) @ turn.T + centre
+        corners = (outline * _lobes(phase, random) * stretch * scale) @ turn.T + centre
         low = np.floor(corners.min(axis=0)).astype(int) - 2
         high = np.ceil(corners.max(axis=0)).astype(int) + 3
         left, top = np.clip(low, 0, side)
@@ -230,13 +304,23 @@ def _particles(phase: Phase, index: int, labels: U8, grey: F32, random: np.rando
 
 def _outline(phase: Phase) -> npt.NDArray[np.float64]:
     """Corners around the origin, of radius about 1."""
-    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    turn = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
     circle: npt.NDArray[np.float64] = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     if phase.shape == "cuboid":
         # A superellipse: a square with rounded corners.
         power: npt.NDArray[np.float64] = np.sign(circle) * np.abs(circle) ** 0.4
         return power
     return circle
+
+
+def _lobes(phase: Phase, random: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Factors for the corners of an outline, (corners, 1): lobes and dents, other ones for each particle."""
+    if not phase.irregularity:
+        return np.ones((_CORNERS, 1))
+    turn = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
+    waves = sum(random.normal(0, 1 / np.sqrt(k)) * np.cos(k * turn + random.uniform(0, 2 * np.pi)) for k in range(2, 6))
+    factors: npt.NDArray[np.float64] = np.clip(1 + phase.irregularity * np.asarray(waves), 0.4, 1.8)[:, None]
+    return factors
 
 
 def _grains(side_px: int, matrix: Phase, random: np.random.Generator) -> F32:

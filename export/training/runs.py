@@ -94,6 +94,7 @@ def train_upsampler(training: UpsamplerTraining, run: Run, advance: Advance) -> 
     micrographs = _begin(run)
     task = UpsamplerTask(training, _pool(training, micrographs, run), [m.pixels for m in micrographs], run.device)
     settings = _train(task, task.settings, training.seed, micrographs, run, advance)
+    task.finish()
     file = run.folder / UPSAMPLER_FILE
     save_upsampler(task.network, task.network.config, file)
     write_card(run.folder, f"Upsampler {task.network.config.name}", file, settings, micrographs, _text(run.provenance))
@@ -113,7 +114,8 @@ def _begin(run: Run) -> list[Micrograph]:
 
 def _pool(training: BackboneTraining | UpsamplerTraining, micrographs: Sequence[Micrograph], run: Run) -> Callable[[], Pool]:
     return lambda: make_pool(training.materials, training.crop_px, training.seed, [m.pixels for m in micrographs],
-                             workers=run.threads or torch.get_num_threads())
+                             workers=run.threads or torch.get_num_threads(),
+                             maps=isinstance(training, UpsamplerTraining) and training.map_weight > 0)
 
 
 def _train(task: Task, settings: dict[str, Any], seed: int, micrographs: Sequence[Micrograph], run: Run, advance: Advance

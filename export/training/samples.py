@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from phaseline.export.training.acquisition import draw_acquisition, record, vary
+from phaseline.export.training.acquisition import draw_acquisition, record, vary, without_noise
+from phaseline.export.training.maps import grey_maps, layout_maps
 from phaseline.export.training.phantoms import draw_material, render
 from phaseline.runtime.contract import F32, U8
 
@@ -35,13 +36,36 @@ class Pool:
         uint8 array of shape (materials, fields, rows, cols): grey levels before the recording.
     phases
         uint8 array of the same shape.
+    maps
+        uint8 array of shape (materials, fields, LAYOUT_MAPS, rows, cols), see `layout_maps`; None unless asked for.
     """
 
     scenes: U8
     phases: U8
+    maps: U8 | None = None
 
 
-def make_pool(materials: int, crop_px: int, seed: int, micrographs: Sequence[U8], workers: int = 1) -> Pool:
+@dataclass(frozen=True)
+class Episode:
+    """Recordings of two fields of view of one material.
+
+    Attributes
+    ----------
+    images
+        float32 array of shape (fields, rows, cols), 0–1.
+    phases
+        uint8 array of the same shape.
+    maps
+        float32 array of shape (fields, MAPS, rows, cols), about −1…1; None if the pool has none.
+    """
+
+    images: F32
+    phases: U8
+    maps: F32 | None
+
+
+def make_pool(materials: int, crop_px: int, seed: int, micrographs: Sequence[U8], workers: int = 1, *, maps: bool = False
+              ) -> Pool:
     """Generate materials.
 
     Parameters
@@ -56,16 +80,20 @@ def make_pool(materials: int, crop_px: int, seed: int, micrographs: Sequence[U8]
         uint8 arrays of shape (rows, cols) to cut textures from.
     workers
         Processes.
+    maps
+        Whether to make them.
     """
     side = crop_px + _MARGIN_PX
     if workers == 1:
         _set_micrographs(list(micrographs))
         found = [_scenes(index, side, seed) for index in range(materials)]
+        found_maps = np.stack([_maps(phases) for _, phases in found]) if maps else None
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_set_micrographs,
                                  initargs=(list(micrographs),)) as executor:
             found = list(executor.map(_scenes, range(materials), [side] * materials, [seed] * materials, chunksize=8))
-    return Pool(np.stack([scenes for scenes, _ in found]), np.stack([phases for _, phases in found]))
+            found_maps = None if not maps else np.stack(list(executor.map(_maps, [phases for _, phases in found], chunksize=8)))
+    return Pool(np.stack([scenes for scenes, _ in found]), np.stack([phases for _, phases in found]), found_maps)
 
 
 _micrographs: list[U8] = []
@@ -84,21 +112,24 @@ def _scenes(index: int, side_px: int, seed: int) -> tuple[U8, U8]:
             np.stack([phases for _, phases in fields]))
 
 
-def draw_episode(pool: Pool, crop_px: int, random: np.random.Generator) -> tuple[F32, U8]:
-    """Recordings of two fields of view of one material.
+def _maps(phases: U8) -> U8:
+    return np.stack([layout_maps(field) for field in phases])
 
-    Returns
-    -------
-    float32 array of shape (fields, crop, crop), 0–1; uint8 phases of the same shape.
-    """
+
+def draw_episode(pool: Pool, crop_px: int, random: np.random.Generator) -> Episode:
+    """Record two fields of view of one material, of `crop_px` a side."""
     index, instrument = int(random.integers(len(pool.scenes))), draw_acquisition(random)
-    images, phases = [], []
-    for scene, truth in zip(pool.scenes[index], pool.phases[index], strict=True):
+    images, phases, maps = [], [], []
+    for field, (scene, truth) in enumerate(zip(pool.scenes[index], pool.phases[index], strict=True)):
         row, col = random.integers(0, scene.shape[0] - crop_px + 1, 2)
         where, turn = np.s_[row : row + crop_px, col : col + crop_px], int(random.integers(8))
-        images.append(record(turned(scene[where], turn).astype(np.float32) / 255, vary(instrument, random), random))
+        settings, grey = vary(instrument, random), turned(scene[where], turn).astype(np.float32) / 255
+        images.append(record(grey, settings, random))
         phases.append(turned(truth[where], turn))
-    return np.stack(images), np.stack(phases)
+        if pool.maps is not None:
+            layout = turned(pool.maps[index, field][(slice(None), *where)], turn).astype(np.float32) / 127.5 - 1
+            maps.append(np.concatenate([layout, grey_maps(record(grey, without_noise(settings), random), phases[-1])]))
+    return Episode(np.stack(images), np.stack(phases), np.stack(maps) if maps else None)
 
 
 def draw_pixels(phases: U8, count: int, margin_px: int, random: np.random.Generator) -> npt.NDArray[np.int64]:

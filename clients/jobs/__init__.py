@@ -1,0 +1,1 @@
+"""Jobs: volumes segmented block by block, resumed after any kill, and certified."""

@@ -1,0 +1,1 @@
+"""Volumes larger than memory: read block by block, written block by block."""
