@@ -129,8 +129,8 @@ def standardised(image_0_255: torch.Tensor) -> torch.Tensor:
     flat = image_0_255.flatten(1, 2)
     centred = flat - left @ (flat @ right)
     variance = left @ ((centred * centred) @ right)
-    relative = centred / variance.clamp(min=1.0).sqrt()
-    return relative.clamp(-GUIDANCE_RANGE, GUIDANCE_RANGE).unflatten(1, (channels, rows))
+    relative: torch.Tensor = (centred / variance.clamp(min=1.0).sqrt()).clamp(-GUIDANCE_RANGE, GUIDANCE_RANGE)
+    return relative.reshape(-1, channels, rows, cols)
 
 
 class DoubleConv(nn.Module):

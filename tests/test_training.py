@@ -16,11 +16,13 @@ from phaseline.export.training.acquisition import draw_acquisition, record
 from phaseline.export.training.backbone import BackboneTask, BackboneTraining
 from phaseline.export.training.checkpoint import CHECKPOINT
 from phaseline.export.training.loop import LOG, Schedule, train
-from phaseline.export.training.objectives import episode_loss, invariance_loss, sample_pixels
+from phaseline.export.training.maps import LAYOUT_MAPS, grey_maps, layout_maps
+from phaseline.export.training.objectives import _ridge, episode_loss, invariance_loss, sample_pixels
 from phaseline.export.training.phantoms import MAX_PHASES, draw_material, render
 from phaseline.export.training.samples import Pool, draw_episode, draw_pair, draw_pixels, make_pool, turned
-from phaseline.export.training.upsampler import UpsamplerTask, UpsamplerTraining
+from phaseline.export.training.upsampler import UpsamplerTask, UpsamplerTraining, turn_onto_axes
 from phaseline.export.training.views import View, averaged_pixels, turn_map, turned_back
+from phaseline.export.upsampler_weights import random_upsampler
 from phaseline.export.weights import trained_projection
 from phaseline.runtime.contract import U8
 from phaseline.runtime.errors import OutputExistsError, TrainingError, UsageError
@@ -65,6 +67,47 @@ def test_pool_does_not_depend_on_the_number_of_processes(pool: Pool) -> None:
     two = make_pool(4, 42, 0, micrographs(), workers=2)
     np.testing.assert_array_equal(pool.scenes, two.scenes)
     np.testing.assert_array_equal(pool.phases, two.phases)
+
+
+def test_layout_maps_tell_thickness_borders_and_particles() -> None:
+    phases = np.zeros((80, 80), np.uint8)
+    phases[10:16, 10:70] = 1  # 6 px thick
+    phases[30:70, 30:70] = 2  # 40 px thick
+    maps = layout_maps(phases) / 255
+    thick = maps[:4]
+    assert maps.shape == (LAYOUT_MAPS, 80, 80)
+    assert thick[0, 13, 40] == 1 and thick[1, 13, 40] == 0, "as thick as 2 px, not as 4"
+    assert (thick[:, 50, 50] == 1).all(), "as thick as 16 px"
+    near, far = maps[4:6, 50, 31], maps[4:6, 50, 50]
+    assert (near > 2 * far).all() and near[0] < near[1]
+    np.testing.assert_array_equal(maps[6], phases > 0)
+
+
+def test_grey_maps_are_relative_to_the_field() -> None:
+    phases = np.repeat(np.array([0, 1, 1, 2], np.uint8), 10)[None].repeat(8, axis=0)
+    clean = np.random.default_rng(0).random((8, 40), dtype=np.float32) + phases
+    grey, mean = grey_maps(clean, phases)
+    assert abs(float(grey.mean())) < 1e-5 and float(grey.std()) == pytest.approx(1, abs=1e-4)
+    for value in range(3):
+        assert np.ptp(mean[phases == value]) < 1e-6
+    assert mean[0, 0] < mean[0, 15] < mean[0, 35]
+    np.testing.assert_allclose(grey_maps(3 * clean + 5, phases), grey_maps(clean, phases), atol=1e-4)
+
+
+def test_channels_are_turned_onto_their_axes() -> None:
+    upsampler = random_upsampler(0, channels=6, patch_px=7, hidden=4)
+    image, features = torch.rand(2, 1, 42, 42) * 255, torch.rand(2, 6, 6, 6)
+    with torch.inference_mode():
+        before = upsampler(image, features).permute(0, 2, 3, 1).flatten(0, 2).double()
+    turn_onto_axes(upsampler, before)
+    with torch.inference_mode():
+        after = upsampler(image, features).permute(0, 2, 3, 1).flatten(0, 2).double()
+    covariance = torch.cov(after.T)
+    spread = torch.diagonal(covariance)
+    assert (spread[:-1] >= spread[1:] - 1e-9).all(), "the most varying first"
+    assert (covariance - torch.diag(spread)).abs().max() < 1e-3 * spread[0], "uncorrelated"
+    distances = [torch.pdist(x[::97]) for x in (before, after)]
+    torch.testing.assert_close(*distances, rtol=1e-3, atol=1e-6)
 
 
 def test_recordings_are_eight_bit_levels() -> None:
@@ -132,6 +175,61 @@ def test_invariance_is_least_for_equal_and_spread_views() -> None:
     other = torch.randn(400, 4, generator=random)
     assert invariance_loss(spread, spread) < invariance_loss(collapsed, collapsed)
     assert invariance_loss(spread, spread) < invariance_loss(spread, other)
+
+
+def test_ridge_is_the_same_from_either_side() -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (2, 12), generator=random)
+    wide = torch.randn(2, 12, 30, generator=random)
+    many = wide.repeat(1, 5, 1)
+    query = torch.randn(2, 7, 30, generator=random)
+    found = [episode_loss(points, labels.repeat(1, count), query, labels[:, :7], 5, torch.tensor(3.0))
+             for points, count in ((wide, 1), (many, 5))]
+    assert found[0][1] == pytest.approx(float(found[1][1]), abs=0.2)
+    assert torch.isfinite(found[0][0]) and torch.isfinite(found[1][0])
+    penalty = torch.full((2, 1, 1), 0.4)
+    targets = torch.randn(2, 30, 3, generator=random)
+    tall = torch.randn(2, 30, 8, generator=random)
+    gram = tall @ tall.transpose(1, 2) + 0.4 * torch.eye(30)
+    torch.testing.assert_close(_ridge(tall, targets, penalty), tall.transpose(1, 2) @ torch.linalg.solve(gram, targets),
+                               rtol=1e-3, atol=1e-4)
+
+
+def test_upsampler_learns_from_generated_materials_alone(trained: Path, tmp_path: Path) -> None:
+    """Without a target: episodes and maps; resumed, it is the training that was not stopped."""
+    training = UpsamplerTraining(backbone=str(trained / "backbone.safetensors"), target="none", hidden=8, crop_px=56, tile_px=84,
+                                 episodes=2)
+    mapped = make_pool(3, 56, 0, micrographs(), maps=True)
+
+    def begin() -> UpsamplerTask:
+        torch.set_num_threads(1)
+        return UpsamplerTask(training, lambda: mapped, micrographs(), torch.device("cpu"))
+
+    schedule = Schedule(16, 3e-3, warmup=2, checkpoint_every=4)
+    whole, halved = begin(), tmp_path / "halved"
+    (tmp_path / "whole").mkdir()
+    halved.mkdir()
+    train(whole, schedule, tmp_path / "whole", seed=0, settings=whole.settings)
+    log = [json.loads(line) for line in (tmp_path / "whole" / LOG).read_text().splitlines()]
+    assert log[-1]["maps"] < log[0]["maps"] and {"episodes", "right"} < set(log[0]) and "target" not in log[0]
+
+    def stop(step: int, values: dict[str, float]) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(begin(), schedule, halved, seed=0, settings=whole.settings, progress=stop)
+    resumed = begin()
+    train(resumed, schedule, halved, seed=0, settings=whole.settings, resume=True)
+    whole.finish()
+    resumed.finish()
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+
+
+def test_training_needs_something_to_learn(trained: Path) -> None:
+    with pytest.raises(UsageError, match="nothing is left to learn"):
+        UpsamplerTraining(backbone=str(trained), target="none", episode_weight=0, map_weight=0)
 
 
 def test_training_lowers_the_loss(pool: Pool, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from phaseline.export.bundle_writer import ExportOptions, write_bundle
 from phaseline.export.forms import Parts
 from phaseline.export.pixel import cell_matrix, nearest, nearest_indices
 from phaseline.export.trt_plan import unsupported
-from phaseline.export.upsampler import Upsampler, UpsamplerConfig
+from phaseline.export.upsampler import Upsampler, UpsamplerConfig, standardised
 from phaseline.export.upsampler_weights import create_upsampler, first_channels, load_upsampler, random_upsampler, save_upsampler
 from phaseline.export.weights import load_backbone
 from phaseline.runtime.bundle import Bundle, open_bundle
@@ -44,7 +44,7 @@ def published(channels: int) -> dict[str, Any]:
     config = UpsamplerConfig("upsampler", n_ch_in=channels, n_ch_out=channels, n_ch_downsampler=32)
     weights = {name: tensor for name, tensor in Upsampler(config).state_dict().items() if "num_batches" not in name}
     entries = dataclasses.asdict(config)
-    del entries["feature_scale"]
+    del entries["feature_scale"], entries["guidance"]
     return {"weights": weights, "config": entries}
 
 
@@ -101,7 +101,7 @@ def test_widths(changes: dict[str, int], widths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"n_ch_in": 0}, {"k": 4}, {"n_ch_guidance": 1}, {"patch_size": 1}, {"padding_mode": "edge"},
-                                     {"feat_weight": 0.3}, {"feature_scale": 0.0}, {"n_ch_hidden": 0}])
+                                     {"feat_weight": 0.3}, {"feature_scale": 0.0}, {"n_ch_hidden": 0}, {"guidance": "raw"}])
 def test_impossible_configurations_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(changes))):
         UpsamplerConfig(**{"name": "u", **changes})
@@ -115,6 +115,54 @@ def test_feature_scale_keeps_the_patch_features_scale() -> None:
     with torch.inference_mode():
         assert torch.equal(scaled.pixel_features(image, features), plain(image, features * 0.25) * 4)
         assert torch.equal(plain.pixel_features(image, features), plain(image, features / features.sum(dim=1, keepdim=True)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_standardised_pixels(channels: int) -> None:
+    image = torch.from_numpy(random_tiles(2, channels, 40)).float()
+    wanted = np.stack([(x - x.mean()) / x.std() for x in image.double().numpy()])
+    np.testing.assert_allclose(standardised(image).numpy(), wanted, atol=1e-5)
+    outlier = torch.full((1, 1, 40, 40), 7.0)
+    assert torch.equal(standardised(outlier), torch.zeros(1, 1, 40, 40)), "a constant tile has nothing to tell"
+    outlier[0, 0, 3, 3] = 255
+    assert standardised(outlier).max() == 5, "a hot pixel is clipped"
+
+
+def standardising(*, padding: str = "replicate", hidden: int = 8) -> Upsampler:
+    """A random network with standardised guidance, which is about 1 rather than in the hundreds."""
+    plain = random_upsampler(0, channels=16, patch_px=7, hidden=hidden)
+    upsampler = Upsampler(dataclasses.replace(plain.config, guidance="standardised", feature_scale=0.5,
+                                              padding_mode=padding)).eval()  # type: ignore[arg-type]
+    upsampler.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for name, parameter in upsampler.named_parameters():
+            if name.endswith("double_conv.0.weight") and "inp_conv" not in name:
+                parameter[:, -3:] *= 500
+    return upsampler
+
+
+def test_standardised_guidance_sees_neither_brightness_nor_contrast() -> None:
+    upsampler, features = standardising(), torch.rand(1, 16, 8, 8)
+    image = torch.from_numpy(random_tiles(1, 1, 56)).float() / 4 + 50
+    with torch.inference_mode():
+        first, second = upsampler.pixel_features(image, features), upsampler.pixel_features(image * 1.7 - 30, features)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("padding", "channels", "precision"), [("replicate", 1, "fp32"), ("zeros", 3, "fp32"),
+                                                                ("replicate", 1, "fp16"), ("replicate", 3, "int8")])
+def test_standardised_guidance_is_exported(tmp_path: Path, padding: str, channels: int, precision: str) -> None:
+    upsampler = standardising(padding=padding)
+    save_upsampler(upsampler, upsampler.config, tmp_path / "u.safetensors")
+    options = ExportOptions(VIT, "random:0", stride_px=7, tile_px=56, channels=16, precision=precision,  # type: ignore[arg-type]
+                            upsampler=str(tmp_path / "u.safetensors"), in_channels=channels, max_batch=2)
+    bundle = write_bundle(options, tmp_path / "b")
+    assert bundle.spec.parity["pixel_cosine"] >= (0.98 if precision == "int8" else 0.9999)
+    if precision != "int8":
+        tiles = random_tiles(2, channels, 56)
+        together = run(bundle.pixel_graph("cpu"), tiles)
+        alone = [run(bundle.pixel_graph("cpu"), tiles[i : i + 1]) for i in range(2)]
+        np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
 # --- its weights --------------------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def segment_command(
         "--dry-run": dry_run or None}
     if wants_volume(images, out, raw):
         if published is not None or crf or recipe is None:
-            raise UsageError("a volume is segmented with a recipe's folder: give --recipe (and --server, if servers are to compute "
-                             "its deep features), and leave out --published and --crf")
+            raise UsageError("a volume is segmented with a recipe's folder: give --recipe (and --server, if servers are to "
+                             "compute its deep features), and leave out --published and --crf")
         tls = options.client_tls(tls_ca, tls_cert, tls_key)
         options.remote_source(server, transport, timeout, tls, bundle_given=bundle is not None, device=device)  # refuses
         run_job(JobRequest(

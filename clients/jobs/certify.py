@@ -71,7 +71,7 @@ def _slices(request: JobRequest, worker: BlockWorker, axis: Axis) -> Slices:
         return lambda index: np.ascontiguousarray(sink.read(name, pieces[index]).squeeze(number))
 
     def image(index: int) -> npt.NDArray[Any]:
-        return np.ascontiguousarray(worker.volume.read(pieces[index]).squeeze(number))
+        return np.ascontiguousarray(worker.read(pieces[index])[0].squeeze(number))
 
     return Slices(image, stored("labels"), stored("confidence") if request.confidence else None)
 

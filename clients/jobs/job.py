@@ -27,11 +27,12 @@ from phaseline.clients.batch import SERVERS_LOST
 from phaseline.clients.jobs.blocks import Stage
 from phaseline.clients.jobs.certify import certify
 from phaseline.clients.jobs.cluster import Workers, open_workers
-from phaseline.clients.jobs.ledger import Ledger, Line, check_same
+from phaseline.clients.jobs.ledger import Ledger, Line, bad_planes, check_same, differing, failed_blocks, has_begun
 from phaseline.clients.jobs.memory import MemoryWatch, available_bytes
 from phaseline.clients.jobs.order import Order
 from phaseline.clients.jobs.pictures import check_matplotlib
 from phaseline.clients.jobs.plan import Plan, make_plan, measure
+from phaseline.clients.jobs.remaining import Key, has_same_voxels, remaining
 from phaseline.clients.jobs.request import JobRequest
 from phaseline.clients.jobs.worker import BlockResult, BlockWorker, lent, perform
 from phaseline.clients.recipe import recipe_hash
@@ -40,7 +41,7 @@ from phaseline.clients.volumes.pyramid import build_pyramid, remove_pyramid
 from phaseline.clients.volumes.region import Region
 from phaseline.clients.volumes.writing import OutputLayout
 from phaseline.clients.volumes.zarr_sink import ZarrSink, create_store
-from phaseline.runtime.errors import OutputError, OutputExistsError, PhaselineError
+from phaseline.runtime.errors import JobError, OutputError, OutputExistsError, PhaselineError
 
 Say = Callable[[str], None]
 _PAUSE_S = 5.0
@@ -116,7 +117,7 @@ class VolumeJob:
         request
             The job.
         resume
-            Go on with one that was begun.
+            Go on with one that was begun; where none was, begin it.
         overwrite
             Replace what is there.
 
@@ -125,11 +126,13 @@ class VolumeJob:
         OutputExistsError
             The output exists, and neither was asked for.
         JobError
-            It cannot fit; or nothing to resume, or it would give something else now.
+            It cannot fit; or there is one that would give something else now.
         PhaselineError
             Input or recipe cannot be used.
         """
         check_matplotlib()
+        # A kill may come before anything is written.
+        resume = resume and has_begun(request.folder)
         if not resume and not overwrite:
             request.check_new()
         ledger = Ledger.resume(request.folder) if resume else None
@@ -137,7 +140,8 @@ class VolumeJob:
         with BlockWorker(_order(request, slices or 1)) as worker:
             plan = _plan(request, worker, slices)
             header = _header(request, worker, plan)
-            if ledger is not None:
+            # A plane that could not be used may have been put right: the file is another, its other planes are the same.
+            if ledger is not None and not (differing(ledger.header, header) == ["input"] and has_same_voxels(worker, ledger)):
                 check_same(ledger.path, ledger.header, header)
             plan.check()
             worker.order = _order(request, plan.slices)
@@ -159,11 +163,12 @@ class VolumeJob:
         Raises
         ------
         JobError
-            Slices could not be labelled, or another process works on the job.
+            Another process works on the job. Or servers were lost for good, or a direction of three could not be labelled: what
+            is done stays, and the job can be gone on with.
         OutputError
-            Something could not be written; what is done stays, and the job can be gone on with.
-        ServerError
-            Servers were lost for good; likewise.
+            Something could not be written; likewise.
+        OutputExistsError
+            It is finished already.
         """
         request, begun = self.request, time.perf_counter()
         new = self._ledger is None
@@ -175,17 +180,22 @@ class VolumeJob:
             raise OutputError(f"{request.folder} cannot be made ({error.strerror}); choose another output") from error
         held = Ledger.create(request.folder, self._header) if self._ledger is None else self._ledger
         with held as ledger, MemoryWatch() as watch:
+            if ledger.finished is not None and not (request.is_store and self._failed(ledger)):
+                self._remove_working_files()
+                raise OutputExistsError(f"{request.out} is finished already; check it with phaseline verify {request.out}, or "
+                                        "begin anew with --overwrite")
             self._prepare_store(new=new)
-            if ledger.finished is not None and not _left(self.worker.stages, ledger):
-                raise OutputExistsError(f"{request.out} is finished already; check it with phaseline verify {request.out}")
+            left = remaining(self.worker, ledger)
             ledger.append({"run": datetime.now(UTC).isoformat(timespec="seconds")})
-            count = self._blocks(ledger, say, progress, begun)
+            count = self._blocks(ledger, left, say, progress, begun)
             failed = self._failed(ledger)
             outputs = self._complete(ledger, say, failed, watch, begun)
         return Outcome(outputs[0], outputs[1], failed, count, time.perf_counter() - begun)
 
     def _prepare_store(self, *, new: bool) -> None:
         store = self.request.store
+        with contextlib.suppress(OSError):
+            store.rmdir()  # an empty folder holds nothing
         if not new and store.is_dir():
             ZarrSink(store).clean()
             return
@@ -196,15 +206,13 @@ class VolumeJob:
         create_store(store, OutputLayout(info.shape, last.axis, self.plan.slices, self.worker.segmenter.recipe.classes,
                                          self.request.arrays, info.voxel, (z, y, x)))
 
-    def _blocks(self, ledger: Ledger, say: Say, progress: Callable[[Step], None], begun: float) -> int:
-        """Do all blocks that are not done; returns how many that were."""
+    def _blocks(self, ledger: Ledger, left: list[Key], say: Say, progress: Callable[[Step], None], begun: float) -> int:
+        """Do all blocks that are left; returns how many that were."""
         sizes = [[box.size for box in stage.blocks] for stage in self.worker.stages]
         total, fresh, count = sum(map(sum, sizes)), 0, 0
-        left = _left(self.worker.stages, ledger)
         if not left:
             return 0
-        if self.request.is_store or self.request.store.is_dir():
-            remove_pyramid(self.request.store)
+        remove_pyramid(self.request.store)
         done = total - sum(sizes[stage][block] for stage, block in left)
         cluster = self.request.cluster
         with contextlib.ExitStack() as stack:
@@ -214,6 +222,8 @@ class VolumeJob:
                                                        memory_bytes=self.plan.budget_bytes))
             say(f"engine: {self.worker.segmenter.engine_choice}; blocks are done by {workers.description}")
             for number, stage in enumerate(self.worker.stages):
+                if stage.name == "combine":
+                    _check_directions(ledger)
                 blocks = [block for of, block in left if of == number]
                 for block, line in self._stage(number, blocks, workers, say):
                     ledger.append({"stage": stage.name, "block": block, **line, "elapsed": round(time.perf_counter() - begun, 2)})
@@ -249,11 +259,14 @@ class VolumeJob:
                                 time.sleep(_PAUSE_S * tried[block])
                             pending.append(block)
                         elif lost:
-                            raise
+                            raise JobError(f"{words}; what is done stays: go on with --resume when that is put right") from error
                         else:
                             self._leave_empty(stage, block)
                             yield block, {"state": "failed", "error": words, "attempt": tried[block]}
         finally:
+            # Of a job that ends early, blocks in work end after the slice that they are at.
+            if pending or running:
+                self.worker.stopped.set()
             for future in running:
                 future.cancel()
             wait(running)
@@ -266,14 +279,7 @@ class VolumeJob:
                 sink.write(name, box, np.zeros((*sink.layout.lead(name), *box.shape), sink.layout.dtype(name)))
 
     def _failed(self, ledger: Ledger) -> tuple[str, ...]:
-        found = dict[str, None]()
-        for (stage, block), line in sorted(ledger.lines.items()):
-            if line["state"] != "done":
-                for error in line.get("errors", {}).values():
-                    found[error] = None
-                if "error" in line:
-                    found[f"block {block} of stage {stage}: {line['error']}"] = None
-        return tuple(found)
+        return (*bad_planes(ledger.lines).values(), *failed_blocks(ledger.lines))
 
     def _complete(self, ledger: Ledger, say: Say, failed: tuple[str, ...], watch: MemoryWatch, begun: float
                   ) -> tuple[tuple[Path, ...], dict[str, Any]]:
@@ -289,11 +295,13 @@ class VolumeJob:
             say(f"writing {request.out}")
             finish(request.store, request.out)
         ledger.append({"finished": datetime.now(UTC).isoformat(timespec="seconds"), "failed": len(failed)})
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(request.scratch)
-        if not request.is_store:
-            shutil.rmtree(request.store)
+        self._remove_working_files()
         return outputs, report
+
+    def _remove_working_files(self) -> None:
+        for folder in (self.request.scratch, *(() if self.request.is_store else (self.request.store,))):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
 
 
 def _order(request: JobRequest, slices: int) -> Order:
@@ -312,7 +320,7 @@ def _plan(request: JobRequest, worker: BlockWorker, slices: int | None) -> Plan:
         worker.volume.info, request.axes, measure(worker), budget=request.memory_bytes or available_bytes() // 2,
         classes=len(classes.values), label_bytes=2 if classes.values[-1] > 255 else 1, confidence=request.confidence,
         probabilities=request.probabilities, processes=request.cluster.workers, shared=request.cluster.shares_memory,
-        finished_copy=not request.is_store, where=request.folder, slices=slices,
+        finished_copy=not request.is_store, where=request.folder, slices=slices, in_flight=worker.order.at_once + 2,
     )
 
 
@@ -323,6 +331,7 @@ def _header(request: JobRequest, worker: BlockWorker, plan: Plan) -> Line:
         "recipe": recipe_hash(request.engine.recipe), "bundle": None if bundle is None else bundle.hash,
         "input": info.fingerprint, "shape": list(info.shape), "dtype": info.dtype.name,
         "region": str(request.input.region or Region()), "axes": request.axes, "slices": plan.slices,
+        "classes": len(worker.segmenter.recipe.classes.values),
         "confidence": request.confidence, "probabilities": request.probabilities,
     }
 
@@ -331,16 +340,9 @@ def _line(result: BlockResult, attempt: int) -> Line:
     return {"state": "failed" if result.errors else "done", "attempt": attempt, **dataclasses.asdict(result)}
 
 
-def _left(all_stages: tuple[Stage, ...], ledger: Ledger) -> list[tuple[int, int]]:
-    """Stage and block of all that is not done, in the order of the stages.
-
-    A block of a stage is done anew when one that it is made of was.
-    """
-    done = {key for key, line in ledger.lines.items() if line["state"] == "done"}
-    left = [(number, block) for number, stage in enumerate(all_stages) for block in range(len(stage.blocks))
-            if (stage.name, block) not in done]
-    if any(all_stages[number].name != "combine" for number, _ in left):
-        last = len(all_stages) - 1
-        if all_stages[last].name == "combine":
-            left = [key for key in left if key[0] != last] + [(last, block) for block in range(len(all_stages[last].blocks))]
-    return left
+def _check_directions(ledger: Ledger) -> None:
+    """Refuse to take a mean of which a part is missing: all labels across it would be lost."""
+    if failed := failed_blocks({key: line for key, line in ledger.lines.items() if key[0] != "combine"}):
+        more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
+        raise JobError(f"{failed[0]}{more}; the mean needs all blocks of all three directions: put it right, and go on with "
+                       "--resume")

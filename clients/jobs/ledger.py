@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from phaseline.runtime.errors import JobError, OutputError, OutputExistsError
+from phaseline.runtime.errors import JobError, OutputError, OutputExistsError, PhaselineError
 
 LEDGER = "ledger.jsonl"
 LEDGER_FORMAT = 1
@@ -34,9 +34,9 @@ class Ledger:
         From `Ledger.create` or `Ledger.resume`.
     """
 
-    def __init__(self, path: Path, header: Line, lines: list[Line]) -> None:
+    def __init__(self, path: Path, header: Line, lines: list[Line], *, new: bool) -> None:
         self.path, self.header = path, header
-        self._lines = lines
+        self._lines, self._new = lines, new
         self._stack = contextlib.ExitStack()
         self._descriptor = -1
 
@@ -51,11 +51,9 @@ class Ledger:
         OutputError
             It cannot be written.
         """
-        path = folder / LEDGER
-        if path.exists():
-            raise OutputExistsError(f"{path} exists, of an earlier job; go on with --resume, begin anew with --overwrite, or "
-                                    "choose another output")
-        return cls(path, {"format": LEDGER_FORMAT, **header}, [])
+        if has_begun(folder):
+            raise _exists(folder / LEDGER)
+        return cls(folder / LEDGER, {"format": LEDGER_FORMAT, **header}, [], new=True)
 
     @classmethod
     def resume(cls, folder: Path) -> Self:
@@ -67,17 +65,18 @@ class Ledger:
             There is none, or it cannot be understood.
         """
         header, lines = read_ledger(folder)
-        return cls(folder / LEDGER, header, lines)
+        return cls(folder / LEDGER, header, lines, new=False)
 
     def __enter__(self) -> Self:
-        """Take hold of the job.
+        """Take hold of the job, with all that others have done of it until now.
 
         Raises
         ------
         JobError
-            Another process has it.
+            Another process has it, or began it anew.
+        OutputExistsError
+            It was to be a new one, but another process was faster.
         """
-        new = not self.path.exists()
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._stack.callback(os.close, self._descriptor)
@@ -87,14 +86,10 @@ class Ledger:
                     fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise _held(self.path) from error
-                if new:
-                    self._write(self.header)
-                elif not self.path.read_bytes().endswith(b"\n"):
-                    # A kill left half a line: the next one must not be glued to it.
-                    os.write(self._descriptor, b"\n")
+                self._begin()
                 self._stack = undo.pop_all()
         except OSError as error:
-            if isinstance(error, JobError | OutputError):
+            if isinstance(error, PhaselineError):
                 raise
             raise OutputError(f"{self.path} cannot be written ({error.strerror}); free space, or choose another output"
                               ) from error
@@ -103,10 +98,26 @@ class Ledger:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    def _begin(self) -> None:
+        """Now that nobody else writes: the first line, or those that are there."""
+        if self._new:
+            if has_begun(self.path.parent):
+                raise _exists(self.path)
+            # A kill may have left half of a first line.
+            os.ftruncate(self._descriptor, 0)
+            self._write(self.header)
+            return
+        header, self._lines = read_ledger(self.path.parent)
+        if header != self.header:
+            raise JobError(f"{self.path} was begun anew by another process; go on with its job, or choose another output")
+        if not self.path.read_bytes().endswith(b"\n"):
+            # A kill left half a line: the next one must not be glued to it.
+            os.write(self._descriptor, b"\n")
+
     @property
     def lines(self) -> dict[tuple[str, int], Line]:
         """The last line of each block, by stage and number."""
-        return {(line["stage"], line["block"]): line for line in self._lines if "stage" in line}
+        return last_lines(self._lines)
 
     @property
     def history(self) -> list[Line]:
@@ -146,6 +157,15 @@ class Ledger:
             raise
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a ledger's first line is there; of a job that was killed at once it is not, or half of it."""
+    try:
+        with (folder / LEDGER).open("rb") as stream:
+            return stream.readline().endswith(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_ledger(folder: Path) -> tuple[Line, list[Line]]:
     """The first line, and the others that are whole.
 
@@ -165,6 +185,26 @@ def read_ledger(folder: Path) -> tuple[Line, list[Line]]:
         raise JobError(f"{path} does not begin with a line of format {LEDGER_FORMAT}; it is of another phaseline, or was "
                        "stopped at once: begin anew with --overwrite")
     return lines[0], lines[1:]
+
+
+def last_lines(lines: list[Line]) -> dict[tuple[str, int], Line]:
+    """The last line of each block, by stage and number."""
+    return {(line["stage"], line["block"]): line for line in lines if "stage" in line}
+
+
+def bad_planes(lines: dict[tuple[str, int], Line]) -> dict[int, str]:
+    """Planes that could not be used, ascending, and why; from the last lines of blocks, of which several may hold a plane."""
+    found = dict[int, str]()
+    for _, line in sorted(lines.items(), key=lambda item: (item[0][0] != "plane", item[0])):
+        for plane, error in line.get("errors", {}).items():
+            found.setdefault(int(plane), error)
+    return dict(sorted(found.items()))
+
+
+def failed_blocks(lines: dict[tuple[str, int], Line]) -> list[str]:
+    """For people: blocks that could not be done at all, and why."""
+    return [f"block {block} of stage {stage}: {line['error']}" for (stage, block), line in sorted(lines.items())
+            if "error" in line]
 
 
 def check_free(folder: Path) -> None:
@@ -189,6 +229,16 @@ def _held(path: Path) -> JobError:
     return JobError(f"{path} is held by another process that works on this job; wait for it, or stop it")
 
 
+def _exists(path: Path) -> OutputExistsError:
+    return OutputExistsError(f"{path} exists, of an earlier job; go on with --resume, begin anew with --overwrite, or choose "
+                             "another output")
+
+
+def differing(then: Line, now: Line) -> list[str]:
+    """Names of what is not the same in two first lines."""
+    return [name for name in sorted({*then, *now} - {"format"}) if then.get(name) != now.get(name)]
+
+
 def check_same(path: Path, then: Line, now: Line) -> None:
     """Refuse to go on with a job that would give something else now.
 
@@ -197,8 +247,7 @@ def check_same(path: Path, then: Line, now: Line) -> None:
     JobError
         Naming what differs.
     """
-    changed = [name for name in sorted({*then, *now} - {"format"}) if then.get(name) != now.get(name)]
-    if changed:
+    if changed := differing(then, now):
         what = "; ".join(f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in changed)
         raise JobError(f"{path} was begun with another {', '.join(changed)} ({what}); --resume needs the same: put it back, or "
                        "begin anew with --overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 from pathlib import Path
@@ -22,8 +23,8 @@ def parse_bytes(text: str) -> int:
     UsageError
         It is none.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?[iI]?)[bB]?\s*", text)
-    if match is None or match[2].upper() not in _UNITS or match[1].count(".") > 1 or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE]\d+)?)\s*([kKmMgGtT]?[iI]?)[bB]?\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < math.inf:
         raise UsageError(f"the size is {text!r}, expected a number of bytes such as 4GiB, 900MB or 2e9")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -20,12 +20,13 @@ import numpy as np
 from phaseline.clients.jobs.blocks import JobAxes, axis_index, slice_boxes, stages
 from phaseline.clients.jobs.memory import MemoryWatch, format_bytes
 from phaseline.clients.jobs.worker import BlockWorker
-from phaseline.clients.volumes.volume import Axis, Box, VolumeInfo
-from phaseline.runtime.errors import JobError
+from phaseline.clients.volumes.volume import Axis, Box, VolumeInfo, Voxels
+from phaseline.runtime.errors import JobError, VolumeError
 
 MAX_SLICES = 64
 MULTIPLE = 16
 """Slices of a block are a multiple of this where they can be: inner chunks are so long."""
+BLOCKS_A_PROCESS = 8
 IN_FLIGHT = 3
 _MARGIN = 1.15
 _PYRAMID = 1 + 1 / 7
@@ -120,19 +121,16 @@ class Plan:
 
 
 def measure(worker: BlockWorker) -> Measured:
-    """Label one slice from the middle; nothing is written.
+    """Label one slice from the middle, or the nearest that can be used; nothing is written.
 
     Raises
     ------
     PhaselineError
-        It cannot be read or labelled: the job would fail alike.
+        None can be read or labelled: the job would fail alike.
     """
     order = worker.order
     axis: Axis = "plane" if order.axes == "3" else order.axes
-    shape = worker.volume.info.shape
-    pieces = slice_boxes(Box((0, 0, 0), shape), axis)
-    voxels = worker.volume.read(pieces[len(pieces) // 2])
-    image = np.ascontiguousarray(voxels.squeeze(axis_index(axis)) if min(voxels.shape) else voxels)
+    image = _usable_slice(worker, axis)
     with MemoryWatch() as watch:
         wanted = order.probabilities or order.axes == "3"
         worker.segmenter.segment(image, probabilities=wanted)  # what is loaded once, is loaded now
@@ -143,9 +141,21 @@ def measure(worker: BlockWorker) -> Measured:
     return Measured(seconds, watch.peak, len(zlib.compress(kept, 1)) / len(kept))
 
 
+def _usable_slice(worker: BlockWorker, axis: Axis) -> Voxels:
+    """A slice of which at least one row comes from a plane that can be used: array of shape (rows, cols)."""
+    pieces = slice_boxes(Box((0, 0, 0), worker.volume.info.shape), axis)
+    middle, reasons = len(pieces) // 2, list[str]()
+    for number in sorted(range(len(pieces)), key=lambda i: abs(i - middle)):
+        voxels, bad = worker.read(pieces[number])
+        if len(bad) < len(voxels):
+            return np.ascontiguousarray(voxels.squeeze(axis_index(axis)))
+        reasons += bad.values()
+    raise VolumeError(f"none of its {len(pieces)} slices can be used, as the middle one says: {reasons[0]}")
+
+
 def make_plan(info: VolumeInfo, order_axes: JobAxes, measured: Measured, *, budget: int, classes: int, label_bytes: int,
               confidence: bool, probabilities: bool, processes: int, shared: bool, finished_copy: bool, where: Path,
-              slices: int | None = None) -> Plan:
+              slices: int | None = None, in_flight: int = IN_FLIGHT) -> Plan:
     """Choose the blocks, and estimate.
 
     Parameters
@@ -170,20 +180,23 @@ def make_plan(info: VolumeInfo, order_axes: JobAxes, measured: Measured, *, budg
         Folder of the output, for its free space.
     slices
         Of a block, where that is decided already.
+    in_flight
+        Blocks that one process holds at the same time.
     """
     axes: tuple[Axis, ...] = ("plane", "row", "col") if order_axes == "3" else (order_axes,)
     area = max(math.prod(info.shape) // info.shape[axis_index(axis)] for axis in axes)
     length = max(info.shape[axis_index(axis)] for axis in axes)
     scratch_of_voxel = 3 * classes if order_axes == "3" else 0
     out = label_bytes + 1 + (classes if probabilities or order_axes == "3" else 0)
-    per_slice = area * (IN_FLIGHT * info.dtype.itemsize + (IN_FLIGHT + 2) * out + scratch_of_voxel)
+    per_slice = area * (in_flight * info.dtype.itemsize + (in_flight + 2) * out + scratch_of_voxel)
     fixed = measured.peak_bytes
     if processes:
         fixed = (measured.peak_bytes + _DASK_BYTES) * (processes + 1 if shared else 1)
     many = max(1, processes if shared else 1)
     if slices is None:
         room = (budget - fixed) / _MARGIN / (per_slice * many)
-        slices = max(1, min(int(room), MAX_SLICES, length))
+        # Enough blocks that reading, labelling and writing overlap, that all processes have work, and that a kill costs little.
+        slices = max(1, min(int(room), MAX_SLICES, math.ceil(length / (BLOCKS_A_PROCESS * max(1, processes)))))
         if slices > MULTIPLE:
             slices -= slices % MULTIPLE
     found = stages(info.shape, order_axes, slices)

@@ -9,18 +9,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaseline.clients.jobs.blocks import JobAxes
 from phaseline.clients.jobs.cluster import ClusterSpec
-from phaseline.clients.jobs.ledger import LEDGER, check_free
+from phaseline.clients.jobs.ledger import LEDGER, Line, check_free, has_begun, read_ledger
 from phaseline.clients.jobs.order import EngineOrder, InputOrder
 from phaseline.clients.volumes.finished import check_out, output_files
 from phaseline.clients.volumes.writing import ARRAYS, ArrayName
 from phaseline.clients.volumes.zarr_sink import ZarrSink
-from phaseline.runtime.errors import OutputError, OutputExistsError, PhaselineError, UsageError
+from phaseline.runtime.errors import JobError, OutputError, OutputExistsError, PhaselineError, UsageError
 
 ATTEMPTS = 3
 
@@ -69,10 +70,12 @@ class JobRequest:
     def __post_init__(self) -> None:
         if self.slices is not None and self.slices < 1:
             raise UsageError(f"a block of {self.slices} slices was asked for, expected at least 1")
-        check_out(self.out)
         inside = self.input.path.resolve()
-        if inside == self.out.resolve() or inside in self.out.resolve().parents or self.out.resolve() in inside.parents:
-            raise UsageError(f"the output {self.out} would lie in or over the input {self.input.path}; choose another")
+        # Whatever is written now: an earlier job's confidence is replaced too.
+        for path in (*output_files(self.out, ARRAYS).values(), self.folder):
+            there = path.resolve()
+            if inside == there or inside in there.parents or there in inside.parents:
+                raise UsageError(f"the output {path} would lie in or over the input {self.input.path}; choose another")
 
     @property
     def arrays(self) -> tuple[ArrayName, ...]:
@@ -112,11 +115,13 @@ class JobRequest:
         OutputExistsError
             An output, or a job of it, exists.
         """
-        if (self.folder / LEDGER).exists():
+        if has_begun(self.folder):
             raise OutputExistsError(f"{self.folder} holds a job that was begun; go on with --resume, begin anew with "
                                     "--overwrite, or choose another output")
         for path in (*output_files(self.out, self.arrays).values(), self.folder):
-            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            # What a kill at the very start leaves is nothing.
+            nothing = {LEDGER} if path == self.folder else set[str]()
+            if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= nothing):
                 raise OutputExistsError(f"{path} exists; replace it with --overwrite, or choose another output")
 
     def remove(self) -> None:
@@ -132,8 +137,11 @@ class JobRequest:
             Another process works on it.
         """
         check_free(self.folder)
-        # Another run's confidence would not belong to these labels; without a ledger it may be somebody's own file.
-        outputs = [*output_files(self.out, ARRAYS if (self.folder / LEDGER).is_file() else self.arrays).values()]
+        # Another run's confidence would not belong to these labels; what its ledger doesn't name may be somebody's own file.
+        written: Line = {}
+        with contextlib.suppress(JobError):
+            written = read_ledger(self.folder)[0]
+        outputs = [*output_files(self.out, tuple(name for name in ARRAYS if name in self.arrays or written.get(name))).values()]
         for path in outputs:
             if path.is_dir() and any(path.iterdir()) and not _is_store(path):
                 raise OutputExistsError(f"{path} is a folder that no job wrote, so it is not replaced; choose another output")

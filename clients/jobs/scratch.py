@@ -44,6 +44,11 @@ def write_scratch(folder: Path, stage: Stage, block: int, probabilities: U8) -> 
     return checksum(probabilities)
 
 
+def has_scratch(folder: Path, stage: Stage, block: int) -> bool:
+    """Whether a block's probabilities were kept, and still are."""
+    return _file(folder, stage, block).is_file()
+
+
 def read_scratch(folder: Path, stage: Stage, box: Box) -> U8:
     """The probabilities of a block of the volume, from whichever files hold them.
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from phaseline.clients.jobs.blocks import JobAxes, stages
-from phaseline.clients.jobs.ledger import Line, read_ledger
+from phaseline.clients.jobs.ledger import bad_planes, failed_blocks, last_lines, read_ledger
 from phaseline.clients.jobs.request import job_folder
 from phaseline.clients.volumes.finished import check_out, output_files
 from phaseline.clients.volumes.opening import open_volume
-from phaseline.clients.volumes.volume import Box, Voxels
+from phaseline.clients.volumes.volume import Box, Volume, Voxels
 from phaseline.clients.volumes.writing import ARRAYS, ArrayName
 from phaseline.clients.volumes.zarr_sink import ZarrSink, checksum
-from phaseline.runtime.errors import JobError, MissingInputError, VolumeError
+from phaseline.runtime.errors import JobError, MissingInputError, UsageError, VolumeError
 
 
 @dataclass(frozen=True)
@@ -63,42 +65,47 @@ def verify(out: Path, progress: Callable[[float], None] = lambda part: None) -> 
         raise JobError(f"the job of {out} is not finished; go on with phaseline segment … --resume")
     shape = cast(tuple[int, int, int], tuple(header["shape"]))
     stage = stages(shape, cast(JobAxes, header["axes"]), int(header["slices"]))[-1]
-    last: dict[int, Line] = {line["block"]: line for line in lines if line.get("stage") == stage.name}
-    faults, unlabelled = list[str](), dict[str, None]()
-    for line in lines:
-        if line.get("state") == "failed" and last.get(line["block"], line).get("state") == "failed":
-            unlabelled.update(dict.fromkeys([*line.get("errors", {}).values(), *([line["error"]] if "error" in line else [])]))
+    last, faults = last_lines(lines), list[str]()
     with contextlib.ExitStack() as stack:
-        read = _reader(out, stack)
+        read = _reader(out, shape, int(header["classes"]), stack)
         for number, box in enumerate(stage.blocks):
-            expected = last.get(number, {}).get("outputs")
-            if expected is None:
-                if number not in last:
-                    faults.append(f"block {number}: the ledger does not say that it was done")
+            if (stage.name, number) not in last:
+                faults.append(f"block {number}: the ledger does not say that it was done")
                 continue
-            for name, wanted in expected.items():
+            # None: it could not be done, and 0 stands there.
+            for name, wanted in last[stage.name, number].get("outputs", {}).items():
                 try:
                     found = checksum(read(name, box))
                     if found != wanted:
                         faults.append(f"block {number}, {name} from {box.start} to {box.stop}: it holds {found}, but the job "
                                       f"wrote {wanted}")
-                except (VolumeError, MissingInputError) as error:
+                except (VolumeError, UsageError) as error:
                     faults.append(f"block {number}, {name}: {error}")
             progress((number + 1) / len(stage.blocks))
-    return Verification(len(stage.blocks), tuple(faults), tuple(unlabelled))
+    return Verification(len(stage.blocks), tuple(faults), (*bad_planes(last).values(), *failed_blocks(last)))
 
 
-def _reader(out: Path, stack: contextlib.ExitStack) -> Callable[[ArrayName, Box], Voxels]:
+def _reader(out: Path, shape: tuple[int, int, int], classes: int, stack: contextlib.ExitStack
+            ) -> Callable[[ArrayName, Box], Voxels]:
     """How to read a block of an array of the output."""
-    if check_out(out) == "ome-zarr":
+    kind = check_out(out)
+    if kind == "ome-zarr":
         return ZarrSink(out).read
-    files = output_files(out, ARRAYS)
-    opened = {}
+    files, opened = output_files(out, ARRAYS), dict[tuple[ArrayName, str], Volume]()
+
+    def part(name: ArrayName, choice: str = "") -> Volume:
+        if (name, choice) not in opened:
+            dataset = ",".join(filter(None, (name if kind == "hdf5" else "", choice))) or None
+            volume = stack.enter_context(open_volume(files[name], dataset=dataset))
+            if volume.info.shape != shape:
+                raise VolumeError(f"{volume.info.name} has the shape {volume.info.shape}, expected {shape}: another's output")
+            opened[name, choice] = volume
+        return opened[name, choice]
 
     def read(name: ArrayName, box: Box) -> Voxels:
-        if name not in opened:
-            dataset = name if check_out(out) == "hdf5" else None
-            opened[name] = stack.enter_context(open_volume(files[name], dataset=dataset))
-        return opened[name].read(box)
+        if name != "probabilities":
+            return part(name).read(box)
+        axis = "d0" if kind == "hdf5" else "c"
+        return np.stack([part(name, f"{axis}={i}").read(box) for i in range(classes)])
 
     return read

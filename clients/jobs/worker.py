@@ -34,7 +34,7 @@ from phaseline.clients.volumes.volume import Axis, Box, VolumeInfo, Voxels
 from phaseline.clients.volumes.writing import ArrayName
 from phaseline.clients.volumes.zarr_sink import ZarrSink, checksum
 from phaseline.runtime.contract import U8
-from phaseline.runtime.errors import VolumeError
+from phaseline.runtime.errors import StoppedError, VolumeError
 
 
 @dataclass
@@ -72,10 +72,16 @@ class BlockWorker:
     ----------
     order
         Of the job.
+
+    Attributes
+    ----------
+    stopped
+        Set from outside: blocks in work end with a `StoppedError`, after the slice that is labelled now.
     """
 
     def __init__(self, order: Order) -> None:
         self.order = order
+        self.stopped = threading.Event()
         self._turn = threading.BoundedSemaphore(order.at_once)
         self._stack = contextlib.ExitStack()
 
@@ -123,7 +129,7 @@ class BlockWorker:
 
     def _label(self, stage: Stage, block: int, box: Box) -> BlockResult:
         clock = _Clock()
-        voxels, bad = self._read(box)
+        voxels, bad = self.read(box)
         clock.lap("read")
         with self._turn:
             clock.lap("wait")
@@ -156,7 +162,11 @@ class BlockWorker:
         clock.lap("write")
         return BlockResult(outputs, "", {}, statistics, clock.seconds)
 
-    def _read(self, box: Box) -> tuple[Voxels, dict[int, str]]:
+    def input_checksum(self, stage: int, block: int) -> str:
+        """Of the voxels that a block is made of, as its result has it."""
+        return checksum(self.read(self.stages[stage].blocks[block])[0])
+
+    def read(self, box: Box) -> tuple[Voxels, dict[int, str]]:
         """The voxels, and why planes of the block cannot be used; these are at the lower end of the intensity window."""
         name, bad = self.volume.info.name, dict[int, str]()
         try:
@@ -187,6 +197,8 @@ class BlockWorker:
         confidence = np.zeros(voxels.shape, np.uint8)
         kept = np.zeros((len(classes.values), *voxels.shape), np.uint8) if probabilities else None
         for i in range(voxels.shape[number]):
+            if self.stopped.is_set():
+                raise StoppedError("the job was stopped; go on with --resume")
             if axis == "plane" and i in bad:
                 continue
             where = tuple(i if j == number else slice(None) for j in range(3))

@@ -82,9 +82,11 @@ def _ridge(points: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor) -
     count, channels = points.shape[1:]
     if count < channels:
         gram = points @ points.transpose(1, 2) + penalty * torch.eye(count, device=points.device)
-        return points.transpose(1, 2) @ torch.linalg.solve(gram, targets)
-    gram = points.transpose(1, 2) @ points + penalty * torch.eye(channels, device=points.device)
-    return torch.linalg.solve(gram, points.transpose(1, 2) @ targets)
+        solution: torch.Tensor = points.transpose(1, 2) @ torch.linalg.solve(gram, targets)
+    else:
+        gram = points.transpose(1, 2) @ points + penalty * torch.eye(channels, device=points.device)
+        solution = torch.linalg.solve(gram, points.transpose(1, 2) @ targets)
+    return solution
 
 
 def invariance_loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

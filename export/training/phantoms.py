@@ -226,7 +226,8 @@ def _shading(relief: Relief, labels: U8) -> F32:
     added += relief.shade * scale * (np.cos(relief.angle) * slope_row + np.sin(relief.angle) * slope_col)
     if relief.halo:
         added += relief.halo * (height - cv2.GaussianBlur(height, (0, 0), relief.halo_px))
-    return added.astype(np.float32)
+    shading: F32 = added.astype(np.float32)
+    return shading
 
 
 def _draw_phase(random: np.random.Generator, micrographs: int) -> Phase:

@@ -2,7 +2,7 @@
 
     image ─▶ tokens at the bundle's stride ─▶ upsampler ─▶ pixel features ─┬─ smooth L1 ─ target
       │                                                                    ├─ episodes: label one field of view from another
-      │                                                                    └─ maps: what is known of a generated material, linearly
+      │                                                                    └─ maps: what is known of generated pixels, linearly
       └─▶ target  averaged: tokens of shifted, turned and mirrored views at a finer stride (HR-Dv2, arXiv 2410.19836 §3.1);
                             each step draws some of the views, so that all of them count in the mean
                   implicit: a small network fitted to many views of one image (FeatUp's implicit variant), made beforehand
@@ -143,7 +143,7 @@ class UpsamplerTask:
             n_ch_downsampler=training.hidden, patch_size=training.stride_px, feature_scale=scale, guidance="standardised"))
         _initialise(self.network)
         # Twice as fast on CPUs as channel after channel.
-        self.network.to(device, memory_format=torch.channels_last).train()
+        self.network.to(device).to(memory_format=torch.channels_last).train()
         self._readout = nn.Conv2d(channels, MAPS, 1).to(device)
         self._map_weights = torch.tensor(WEIGHTS, device=device).view(1, -1, 1, 1)
         self._temperature = nn.ParameterDict({"value": nn.Parameter(torch.tensor(6.0, device=device))})
