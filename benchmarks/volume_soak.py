@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +39,7 @@ _ROOT = Path(__file__).parents[1]
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Nothing takes so long; a run that does hangs, and ends the benchmark.
 _LIMIT_S = 300.0
+_KEPT = {LEDGER, "report.html", "report.json"}
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _soak(runs: Runs, variant: Variant, kills: int, chance: random.Random, folde
             done = len(_done_until_now(out))
             amid += 0 < done < len(blocks)
             last += done == len(blocks)
-        _must(runs, status)
+        _must(runs, status, out)
         jobs += 1
         done_blocks, clean = check_ledger(out)
         differing += content(out.parent) != expected
@@ -299,21 +300,23 @@ def _done_until_now(out: Path) -> set[tuple[str, int]]:
     return {(line["stage"], line["block"]) for line in lines if line.get("state") == "done"}
 
 
-def _must(runs: Runs, status: int) -> None:
-    if status != 0:
+def _must(runs: Runs, status: int, out: Path | None = None) -> None:
+    """Refuse a run that failed; where one was killed in the end, the next may say that there is nothing left to do."""
+    last = out and (job_folder(out) / LEDGER).read_text(encoding="utf-8").splitlines()[-1]
+    if status != 0 and not (status == 2 and last and "finished" in json.loads(last)):
         raise RuntimeError(f"a run ended with {status}: {runs.log.read_text(encoding='utf-8')[-2000:]}")
 
 
-def at_every_change(volume: Path, recipe: Path, folder: Path, variant: Variant, *, slices: int = 6, every: int = 1, first: int = 1
-                    ) -> dict[str, Any]:
-    """Kill jobs once each: before the first change of files, before the second, and so on.
+def at_changes(volume: Path, recipe: Path, folder: Path, variant: Variant, *, slices: int = 6,
+               moments: Callable[[int], Iterable[int]] = lambda changes: range(1, changes + 1)) -> dict[str, Any]:
+    """Kill jobs once each, before a change of files: making, renaming or removing one, or waiting until it is on the disk.
 
     Parameters
     ----------
     volume, recipe, folder, variant, slices
         As `run` takes them.
-    every, first
-        Only each so manieth change, from this one on.
+    moments
+        From the number of changes of an uninterrupted run to those before which to kill, 1 for the first; by default all.
 
     Returns
     -------
@@ -322,29 +325,24 @@ def at_every_change(volume: Path, recipe: Path, folder: Path, variant: Variant, 
     folder.mkdir(parents=True)
     words = [*_words(volume, recipe, slices), *variant.options, "--out"]
     with Runs(folder / "log.txt") as runs:
-        _must(runs, runs.run([*words, str(folder / "whole" / variant.out)]))
-        expected, changes = content(folder / "whole"), runs.changes()
-        blocks = set(check_ledger(folder / "whole" / variant.out)[0])
-        landed, differing, unclean = 0, 0, 0
-        for number in range(first, changes + 1, every):
+        whole = folder / "whole" / variant.out
+        _must(runs, runs.run([*words, str(whole)]))
+        expected, changes, blocks = content(whole.parent), runs.changes(), check_ledger(whole)[0]
+        counts = Counter[str]()
+        for number in moments(changes):
             out = folder / f"at{number}" / variant.out
-            if runs.run([*words, str(out)], die_at=number) != -signal.SIGKILL:
-                raise RuntimeError(f"a run was not killed before change {number} of {changes}")
-            landed += 1
-            status = runs.run([*words, str(out), "--resume"])
-            if status == 2 and "finished" in _last_line(out):
-                status = 0  # killed when nothing was left to do but to tidy up
-            _must(runs, status)
-            done_blocks, clean = check_ledger(out)
-            differing += content(out.parent) != expected or (folder / f"at{number}" / f"{variant.out}.job" / "scratch").exists()
-            unclean += not clean or done_blocks != Counter(blocks)
-    return {"job": variant.name, "changes": changes, "kills": landed, "outputs that differ": differing,
-            "ledgers not clean": unclean}
-
-
-def _last_line(out: Path) -> dict[str, Any]:
-    line: dict[str, Any] = json.loads((job_folder(out) / LEDGER).read_text(encoding="utf-8").splitlines()[-1])
-    return line
+            status = runs.run([*words, str(out)], die_at=number)
+            # Threads make a folder at the same time, or one after the other: a run may have fewer changes than another.
+            counts["kills"] += status == -signal.SIGKILL
+            counts["completed"] += out.is_file()
+            _must(runs, status if status != -signal.SIGKILL else runs.run([*words, str(out), "--resume"]), out)
+            done, clean = check_ledger(out)
+            counts["differing"] += content(out.parent) != expected
+            counts["unclean"] += not clean or done != blocks
+            counts["left over"] += {path.name for path in job_folder(out).iterdir()} != _KEPT
+    return {"job": variant.name, "changes": changes, "kills": counts["kills"], "output was there": counts["completed"],
+            "outputs that differ": counts["differing"], "ledgers not clean": counts["unclean"],
+            "files left over": counts["left over"]}
 
 
 def make_inputs(folder: Path, shape: tuple[int, int, int], seed: int = 0) -> tuple[Path, Path]:
@@ -372,7 +370,7 @@ def main() -> None:
         folder = Path(name)
         volume, recipe = make_inputs(folder, asked.shape, asked.seed)
         if asked.changes:
-            rows = [at_every_change(volume, recipe, folder / str(i), variant) for i, variant in enumerate(VARIANTS)]
+            rows = [at_changes(volume, recipe, folder / str(i), variant) for i, variant in enumerate(VARIANTS)]
         else:
             rows = run(volume, recipe, folder, kills=asked.kills, seed=asked.seed, pause_s=asked.pause)
     kills = sum(row["kills"] for row in rows)

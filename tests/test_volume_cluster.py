@@ -1,4 +1,4 @@
-"""Jobs whose blocks others do: Dask workers here, at a scheduler, of a batch system; Triton servers. Whoever dies, the same bytes."""
+"""Jobs whose blocks others do: Dask workers here, at a scheduler, of a batch system; Triton. Whoever dies, the same bytes."""
 
 from __future__ import annotations
 
