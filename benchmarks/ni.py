@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.evaluation import summary
+from benchmarks.evaluation import about, summary
 from benchmarks.references.papers import CLASSICAL, CLASSICAL_AND_DEEP, SOURCE
-from benchmarks.report import emit, markdown
+from benchmarks.report import markdown, write
 from benchmarks.scores import Scores, score
 from phaseline.clients.__main__ import run
 from phaseline.clients.images import list_images
@@ -124,12 +124,23 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: {mean:.4f}, {seconds:.0f} s a draw", file=sys.stderr)
             rows.append({"features": name, **{draw: f"{s.miou:.3f}" for draw, s in zip(draws, scores, strict=True)},
                          **summary(scores)})
-        trained = {name: open_bundle(path).spec.trained for name, path in bundles.items()}
-    emit(markdown("Ni: mIoU by features", rows, ["phaseline", "xgboost", "onnxruntime", "opencv-python-headless"], [
-        "; ".join(f"{name}: {'trained' if known else 'untrained (random weights)'}" for name, known in trained.items()) + ". "
-        "All pixels of all images count; class 2 is the small phase.",
+            text = page(rows, bundles)
+            if options.out is not None:
+                # A run that is stopped leaves what it has measured.
+                write(text, options.out)
+    print(text)
+
+
+def page(rows: list[dict[str, object]], bundles: dict[str, str]) -> str:
+    """The table as far as it is measured."""
+    notes = []
+    for name, path in bundles.items():
+        if any(name in str(row["features"]) for row in rows):
+            notes.append(f"{name}: {about(open_bundle(path))}")
+    return markdown("Ni: mIoU by features", rows, ["phaseline", "xgboost", "onnxruntime", "opencv-python-headless"], [
+        " ".join(notes), "All pixels of all images count; class 2 is the small phase.",
         f"The paper: {CLASSICAL:.3f} with classical features, {CLASSICAL_AND_DEEP:.3f} with upsampled DINOv2 too; {SOURCE}.",
-    ]), options.out)
+    ])
 
 
 if __name__ == "__main__":

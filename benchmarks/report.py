@@ -57,8 +57,13 @@ def emit(text: str, out: Path | None) -> None:
     """Print a page, and write it if a file is given."""
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        write(text, out)
+
+
+def write(text: str, out: Path) -> None:
+    """Write a page."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
 
 
 def _module() -> str:

@@ -226,7 +226,7 @@ def test_features_command(workplace: Path, tmp_path: Path) -> None:
     assert run(["features", str(workplace / "images" / "a.png"), "--out", str(out), "--quiet", "--device", "cpu"]) == 0
     features = np.load(out)
     assert features.dtype == np.float16
-    assert features.shape == (open_bundle("default").spec.channels, 250, 220)
+    assert features.shape == (open_bundle("default").spec.pixel_channels, 250, 220)
     colours = read(out.with_suffix(".png"))
     assert colours.shape == (250, 220, 3)
     assert colours.std(axis=(0, 1)).min() > 10
@@ -234,7 +234,7 @@ def test_features_command(workplace: Path, tmp_path: Path) -> None:
 
 def test_info(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, expected in (([], "engine cpu"),
-                            ([str(workplace / "deep")], "transforms none, bilinear interpolation, alignment centred"),
+                            ([str(workplace / "deep")], "transforms none, learned interpolation, boundary"),
                             ([str(workplace / "classical")], "7 class 7")):
         assert run(["info", *words]) == 0
         assert expected in capsys.readouterr().out
@@ -245,6 +245,8 @@ def test_info_of_the_default_bundle_shows_card_provenance_and_hashes(capsys: pyt
     said, bundle = capsys.readouterr().out, open_bundle("default")
     assert bundle.hash in said and f"weights {bundle.spec.weights}" in said
     assert "source trained with the backbone" in said
+    assert f"{bundle.spec.upsampler['name']}, weights {bundle.spec.upsampler['weights']}" in said
+    assert f"{bundle.spec.upsampler['hidden']} hidden channels, {bundle.spec.pixel_channels} pixel channels" in said
     for name, file in bundle.spec.files.items():
         assert f"{name}, {file.size_bytes} bytes, sha256 {file.sha256}" in said
     card = (bundle.path / bundle.spec.card).read_text(encoding="utf-8")

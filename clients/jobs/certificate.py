@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from phaseline.clients.jobs.statistics import (
 )
 from phaseline.clients.labels import UNLABELLED, ClassTable
 from phaseline.clients.volumes.volume import AXES, Axis, VolumeInfo
+from phaseline.clients.volumes.writing import part_path
 from phaseline.runtime.contract import U8
 from phaseline.runtime.errors import OutputError
 
@@ -525,9 +525,9 @@ def _round(number: float | None) -> float | None:
 
 def _write(path: Path, text: str) -> None:
     """Write beside `path`, then move there."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = part_path(path)
     try:
-        with part.open("xb") as file:
+        with part.open("wb") as file:
             try:
                 # File names may hold bytes that are no text.
                 file.write(text.encode("utf-8", "replace"))
