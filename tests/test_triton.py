@@ -244,7 +244,8 @@ def test_interactive_goes_before_batch(server: TritonServer, client: Client) -> 
     for call in calls:
         call.result()
     wait_for(lambda: len(ended) == 3)
-    assert ended == ["interactive 99", "batch 97", "batch 98"]
+    # In which order two calls of one client arrive is not promised.
+    assert ended[0] == "interactive 99" and sorted(ended[1:]) == ["batch 97", "batch 98"]
 
 
 def test_a_full_queue_says_busy(server: TritonServer, client: Client) -> None:

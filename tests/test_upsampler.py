@@ -123,7 +123,7 @@ def test_standardised_pixels(channels: int) -> None:
     wanted = np.stack([(x - x.mean()) / x.std() for x in image.double().numpy()])
     np.testing.assert_allclose(standardised(image).numpy(), wanted, atol=1e-5)
     outlier = torch.full((1, 1, 40, 40), 7.0)
-    assert torch.equal(standardised(outlier), torch.zeros(1, 1, 40, 40)), "a constant tile has nothing to tell"
+    assert standardised(outlier).abs().max() < 1e-4, "a constant tile has nothing to tell"
     outlier[0, 0, 3, 3] = 255
     assert standardised(outlier).max() == 5, "a hot pixel is clipped"
 

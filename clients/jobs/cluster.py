@@ -98,7 +98,7 @@ def _read_queue(path: Path) -> ClusterSpec:
         raise UsageError(f"{path} holds {list(content) if isinstance(content, dict) else content!r}; expected {example}")
     (queue, options), = ((name, value) for name, value in content.items() if name != "workers")
     workers = content["workers"]
-    if not isinstance(workers, int) or workers < 1 or not isinstance(options, dict):
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1 or not isinstance(options, dict):
         raise UsageError(f"{path}: workers is {workers!r} and {queue} is {options!r}; expected {example}")
     return ClusterSpec("queue", workers, queue=str(queue), options=tuple(options.items()))
 

@@ -148,9 +148,9 @@ class Ledger:
         data = (json.dumps(line, sort_keys=True) + "\n").encode()
         length = os.fstat(self._descriptor).st_size
         try:
-            written = os.write(self._descriptor, data)
-            if written < len(data):
-                raise OSError(28, "no space left on device")
+            while data:
+                # Where a part of it found room, writing the rest says why not all did.
+                data = data[os.write(self._descriptor, data):]
             os.fsync(self._descriptor)
         except OSError:
             os.ftruncate(self._descriptor, length)
