@@ -155,10 +155,10 @@ def open_workers(spec: ClusterSpec, *, at_once: int, memory_bytes: int) -> Itera
         address = spec.address
         stack.enter_context(_settings())
         if spec.kind == "local":
-            # On loopback, without a dashboard: nothing that others could reach.
+            # All on loopback: nothing that others could reach. Left to itself, Dask takes port 8787 of all addresses.
             address = stack.enter_context(distributed.LocalCluster(
-                n_workers=spec.workers, threads_per_worker=threads, processes=True, host="127.0.0.1", dashboard_address=None,
-                memory_limit=memory_bytes // spec.workers, silence_logs=50))
+                n_workers=spec.workers, threads_per_worker=threads, processes=True, host="127.0.0.1",
+                dashboard_address="127.0.0.1:0", memory_limit=memory_bytes // spec.workers, silence_logs=50))
         elif spec.kind == "queue":
             address = stack.enter_context(_queue_cluster(spec))
             address.scale(jobs=spec.workers)
@@ -189,8 +189,11 @@ def _queue_cluster(spec: ClusterSpec) -> Any:
     known = {name.removesuffix("Cluster").lower(): name for name in dir(dask_jobqueue) if name.endswith("Cluster")}
     if spec.queue.lower() not in known:
         raise UsageError(f"the batch system is {spec.queue!r}, but dask-jobqueue has {', '.join(sorted(known))}; choose one")
+    options = dict(spec.options)
+    # Unless told otherwise, no pages about itself for others, nor a port that somebody else's job may have.
+    options["scheduler_options"] = {"dashboard_address": "127.0.0.1:0", **(options.get("scheduler_options") or {})}
     try:
-        return getattr(dask_jobqueue, known[spec.queue.lower()])(**dict(spec.options))
+        return getattr(dask_jobqueue, known[spec.queue.lower()])(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{spec.queue}: {error}; see dask-jobqueue's {known[spec.queue.lower()]} for what it takes") from error
 
