@@ -22,8 +22,9 @@ from phaseline.export.training.phantoms import MAX_PHASES, draw_material, render
 from phaseline.export.training.samples import Pool, draw_episode, draw_pair, draw_pixels, make_pool, turned
 from phaseline.export.training.upsampler import UpsamplerTask, UpsamplerTraining, turn_onto_axes
 from phaseline.export.training.views import View, averaged_pixels, turn_map, turned_back
-from phaseline.export.upsampler_weights import random_upsampler
+from phaseline.export.upsampler_weights import load_upsampler, random_upsampler, save_upsampler
 from phaseline.export.weights import trained_projection
+from phaseline.runtime.bundle import describe_file
 from phaseline.runtime.contract import U8
 from phaseline.runtime.errors import OutputExistsError, TrainingError, UsageError
 
@@ -342,6 +343,40 @@ def test_upsampler_command_makes_what_export_takes(trained: Path, images: Path, 
     assert spec["pixel_channels"] == 4 and spec["card"] == "MODEL_CARD.md"
 
 
+def test_upsampler_goes_on_from_another_and_tunes_its_backbone(trained: Path, images: Path, tmp_path: Path) -> None:
+    common = ["train", "upsampler", "--images", str(images), "--no-bundled", "--materials", "2", "--threads", "1", "--quiet",
+              "--target", "none"]
+    first, out = tmp_path / "first", tmp_path / "out"
+    backbone = trained / "backbone.safetensors"
+    assert run([*common, "--steps", "1", "--hidden", "8", "--backbone", str(backbone), "--out", str(first)]) == 0
+    assert not (first / "backbone.safetensors").exists()
+    start = first / "upsampler.safetensors"
+    words = [*common, "--backbone", str(backbone), "--start", str(start), "--tune-backbone", "--learning-rate", "1e-6"]
+    assert run([*words, "--steps", "2", "--out", str(out)]) == 0
+    before, after = load_file(backbone), load_file(out / "backbone.safetensors")
+    assert before.keys() == after.keys()
+    torch.testing.assert_close(before["projection.weight"], after["projection.weight"], rtol=0, atol=0)
+    moved = {name: float((after[name].float() - before[name].float()).abs().max()) for name in before}
+    assert 0 < max(moved.values()) < 1e-3
+    # Rotated onto other axes at the end, but still the network that it started from, not a random one of another width.
+    one, other = load_upsampler(start), load_upsampler(out / "upsampler.safetensors")
+    assert one.config == other.config
+    kernel = "upsampler.inp_conv.double_conv.0.weight"
+    torch.testing.assert_close(one.state_dict()[kernel], other.state_dict()[kernel], rtol=0, atol=1e-3)
+    card = (out / "MODEL_CARD.md").read_text()
+    assert f"| start | {describe_file(start).sha256} |" in card and "| tune_backbone | True |" in card
+
+
+@pytest.mark.parametrize("change", [{"channels": 6}, {"patch_px": 7}])
+def test_an_upsampler_of_other_sizes_is_no_start(trained: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    other = random_upsampler(0, **{"channels": 4, "patch_px": 14, **change}, hidden=8)
+    save_upsampler(other, other.config, tmp_path / "other.safetensors")
+    training = UpsamplerTraining(backbone=str(trained / "backbone.safetensors"), start=str(tmp_path / "other.safetensors"),
+                                 crop_px=56, tile_px=84)
+    with pytest.raises(UsageError, match="expected 4 and 14, as"):
+        UpsamplerTask(training, lambda: pytest.fail("no material is needed"), micrographs(), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["backbone", "--images", "{none}"], "no folder of micrographs"),
     (["backbone", "--images", "{images}", "--architecture", "vit_small_patch14_dinov2"], "no compact ViT"),
@@ -349,6 +384,7 @@ def test_upsampler_command_makes_what_export_takes(trained: Path, images: Path, 
     (["backbone", "--images", "{images}", "--provenance", "{none}"], "no provenance"),
     (["upsampler", "--backbone", "{none}", "--images", "{images}"], "no backbone at"),
     (["upsampler", "--backbone", "{none}", "--images", "{images}", "--target", "nearest"], "target is 'nearest'"),
+    (["upsampler", "--backbone", "{none}", "--images", "{images}", "--tune-backbone"], "use --target none"),
 ])
 def test_wrong_calls_get_one_line(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
                                   ) -> None:

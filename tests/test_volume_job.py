@@ -264,9 +264,10 @@ class TestPlan:
     def test_blocks_are_chosen_by_memory(self, tmp_path: Path, axes: JobAxes, processes: int) -> None:
         info = VolumeInfo("v", "raw", (1024, 1024, 2048), np.dtype(np.uint16), (1, 1, 2048), None, "")
 
-        def plan(budget: int) -> Plan:
-            return make_plan(info, axes, Measured(1.0, 1 << 28, 0.1), budget=budget, classes=3, label_bytes=1, confidence=True,
-                             probabilities=False, processes=processes, shared=True, finished_copy=True, where=tmp_path)
+        def plan(budget: int, at_once: int = 1) -> Plan:
+            return make_plan(info, axes, Measured(1.0, 1 << 28, 1 << 27, 0.1), budget=budget, classes=3, label_bytes=1,
+                             confidence=True, probabilities=False, processes=processes, shared=True, finished_copy=True,
+                             where=tmp_path, slices=None if at_once == 1 else 4, at_once=at_once)
 
         # Five processes do not fit into less than 2 GiB, with whatever blocks.
         chosen = [plan(budget << 30) for budget in (1, 2, 4, 8, 16, 32, 64) if budget >= (4 if processes else 1)]
@@ -276,6 +277,8 @@ class TestPlan:
         assert all(one.blocks * one.slices >= 1024 for one in chosen)
         with pytest.raises(JobError, match="with blocks of one slice"):
             plan(1 << 28).check()
+        two, three = (plan(64 << 30, at_once).memory_bytes for at_once in (2, 3))
+        assert three - two > (processes + 1) * (1 << 27), "another slice that is labelled, and its block"
 
     def test_a_damaged_plane_in_the_middle_is_not_measured(self, tmp_path: Path, recipe: Path, volume: U16) -> None:
         folder = save_planes(tmp_path / "in", volume)

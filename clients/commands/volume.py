@@ -19,10 +19,10 @@ from phaseline.clients.jobs.job import Step, VolumeJob
 from phaseline.clients.jobs.order import InputOrder
 from phaseline.clients.jobs.request import JobRequest
 from phaseline.clients.jobs.verify import verify
-from phaseline.clients.volumes.fingerprint import Missing
 from phaseline.clients.volumes.finished import SUFFIXES
 from phaseline.clients.volumes.opening import is_volume, open_volume
 from phaseline.clients.volumes.raw import RawLayout
+from phaseline.clients.volumes.reader import Missing
 from phaseline.clients.volumes.region import Region, check_finite
 from phaseline.clients.volumes.volume import Box
 from phaseline.runtime.errors import JobError, PhaselineError, StoppedError, UsageError

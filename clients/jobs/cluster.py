@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from phaseline.clients.classify_common import available_cores
+from phaseline.clients.jobs.order import BESIDES
 from phaseline.runtime.errors import JobError, MissingExtraError, UsageError
 
 _WAIT_S = 60.0
@@ -112,7 +113,7 @@ class Workers:
     executor
         Takes calls.
     in_flight
-        Calls that may be out at the same time.
+        Calls that may be out at the same time; raises JobError when whoever does them is lost.
     description
         For people and reports.
     """
@@ -142,7 +143,7 @@ def open_workers(spec: ClusterSpec, *, at_once: int, memory_bytes: int) -> Itera
     UsageError
         A batch system that dask-jobqueue does not know, or settings that it does not take.
     """
-    threads = at_once + 2
+    threads = at_once + BESIDES
     if spec.kind == "threads":
         executor = ThreadPoolExecutor(threads, thread_name_prefix="block")
         try:
@@ -162,15 +163,22 @@ def open_workers(spec: ClusterSpec, *, at_once: int, memory_bytes: int) -> Itera
         elif spec.kind == "queue":
             address = stack.enter_context(_queue_cluster(spec))
             address.scale(jobs=spec.workers)
+        where = spec.address or spec.queue or "this machine"
         try:
             client = stack.enter_context(distributed.Client(address, timeout=_WAIT_S, set_as_default=False))
             client.wait_for_workers(1, timeout=_WAIT_S * (10 if spec.kind == "queue" else 1))
         except (OSError, TimeoutError) as error:
-            where = spec.address or spec.queue or "this machine"
             raise JobError(f"no Dask workers at {where} ({error}); are scheduler and workers running, with the same phaseline?"
                            ) from error
-        yield Workers(client.get_executor(pure=False), lambda: max(1, 2 * sum(client.nthreads().values())),
-                      f"Dask, {spec.address or spec.queue or 'this machine'}")
+
+        def in_flight() -> int:
+            try:
+                return int(max(1, 2 * sum(client.nthreads().values())))
+            except OSError as error:
+                raise JobError(f"the Dask scheduler at {where} went away ({error}); what is done stays: go on with --resume when "
+                               "it runs again, or without it") from error
+
+        yield Workers(client.get_executor(pure=False), in_flight, f"Dask, {where}")
 
 
 def _settings() -> Any:

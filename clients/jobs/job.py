@@ -320,7 +320,7 @@ def _plan(request: JobRequest, worker: BlockWorker, slices: int | None) -> Plan:
         worker.volume.info, request.axes, measure(worker), budget=request.memory_bytes or available_bytes() // 2,
         classes=len(classes.values), label_bytes=2 if classes.values[-1] > 255 else 1, confidence=request.confidence,
         probabilities=request.probabilities, processes=request.cluster.workers, shared=request.cluster.shares_memory,
-        finished_copy=not request.is_store, where=request.folder, slices=slices, in_flight=worker.order.at_once + 2,
+        finished_copy=not request.is_store, where=request.folder, slices=slices, at_once=worker.order.at_once,
     )
 
 

@@ -12,11 +12,14 @@ from phaseline.clients.jobs.blocks import JobAxes
 from phaseline.clients.kserve import Tls
 from phaseline.clients.remote import Transport, TritonSource
 from phaseline.clients.segmenter import Segmenter
-from phaseline.clients.volumes.fingerprint import Missing
 from phaseline.clients.volumes.opening import open_volume
 from phaseline.clients.volumes.raw import RawLayout
+from phaseline.clients.volumes.reader import Missing
 from phaseline.clients.volumes.region import Region, RegionVolume
 from phaseline.clients.volumes.volume import Volume
+
+BESIDES = 2
+"""Blocks that a process holds besides those that it labels: one is read, one written."""
 
 
 @dataclass(frozen=True)

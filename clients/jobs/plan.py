@@ -1,6 +1,6 @@
 """What a job will take, before it begins: from one slice that was labelled to blocks, memory, disk and time.
 
-    memory    this process with one slice labelled, and blocks in flight: one is read, one labelled, one written
+    memory    this process with one slice labelled (with servers two), and blocks: one is read, one labelled, one written
 
               ┌ measured ┐   ┌───────── per slice of a block ─────────┐
               peak        +   slices · area · (3 in + 3 out + 2 out)      ≤ budget     (2 out: a shard and its compressed copy)
@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from phaseline.clients.jobs.blocks import JobAxes, axis_index, slice_boxes, stages
-from phaseline.clients.jobs.memory import MemoryWatch, format_bytes
+from phaseline.clients.jobs.memory import MemoryWatch, format_bytes, resident_bytes
+from phaseline.clients.jobs.order import BESIDES
 from phaseline.clients.jobs.worker import BlockWorker
 from phaseline.clients.volumes.volume import Axis, Box, VolumeInfo, Voxels
 from phaseline.runtime.errors import JobError, VolumeError
@@ -27,7 +28,6 @@ MAX_SLICES = 64
 MULTIPLE = 16
 """Slices of a block are a multiple of this where they can be: inner chunks are so long."""
 BLOCKS_A_PROCESS = 8
-IN_FLIGHT = 3
 _MARGIN = 1.15
 _PYRAMID = 1 + 1 / 7
 _DASK_BYTES = 120 << 20
@@ -43,12 +43,15 @@ class Measured:
         To label it.
     peak_bytes
         Resident memory of this process meanwhile, all that was loaded included.
+    slice_bytes
+        What labelling a slice takes of that, on top of what is loaded.
     compressed
         Size of its labels (and confidence, if wanted), compressed, over their size as they are.
     """
 
     seconds: float
     peak_bytes: int
+    slice_bytes: int
     compressed: float
 
 
@@ -131,6 +134,7 @@ def measure(worker: BlockWorker) -> Measured:
     order = worker.order
     axis: Axis = "plane" if order.axes == "3" else order.axes
     image = _usable_slice(worker, axis)
+    loaded = resident_bytes()
     with MemoryWatch() as watch:
         wanted = order.probabilities or order.axes == "3"
         worker.segmenter.segment(image, probabilities=wanted)  # what is loaded once, is loaded now
@@ -138,7 +142,7 @@ def measure(worker: BlockWorker) -> Measured:
         found = worker.segmenter.segment(image, probabilities=wanted)
         seconds = time.perf_counter() - started
     kept = found.labels.tobytes() + (found.confidence.tobytes() if order.confidence else b"")
-    return Measured(seconds, watch.peak, len(zlib.compress(kept, 1)) / len(kept))
+    return Measured(seconds, watch.peak, watch.peak - loaded, len(zlib.compress(kept, 1)) / len(kept))
 
 
 def _usable_slice(worker: BlockWorker, axis: Axis) -> Voxels:
@@ -155,7 +159,7 @@ def _usable_slice(worker: BlockWorker, axis: Axis) -> Voxels:
 
 def make_plan(info: VolumeInfo, order_axes: JobAxes, measured: Measured, *, budget: int, classes: int, label_bytes: int,
               confidence: bool, probabilities: bool, processes: int, shared: bool, finished_copy: bool, where: Path,
-              slices: int | None = None, in_flight: int = IN_FLIGHT) -> Plan:
+              slices: int | None = None, at_once: int = 1) -> Plan:
     """Choose the blocks, and estimate.
 
     Parameters
@@ -180,18 +184,19 @@ def make_plan(info: VolumeInfo, order_axes: JobAxes, measured: Measured, *, budg
         Folder of the output, for its free space.
     slices
         Of a block, where that is decided already.
-    in_flight
-        Blocks that one process holds at the same time.
+    at_once
+        Slices that one process labels at the same time.
     """
+    in_flight = at_once + BESIDES
     axes: tuple[Axis, ...] = ("plane", "row", "col") if order_axes == "3" else (order_axes,)
     area = max(math.prod(info.shape) // info.shape[axis_index(axis)] for axis in axes)
     length = max(info.shape[axis_index(axis)] for axis in axes)
     scratch_of_voxel = 3 * classes if order_axes == "3" else 0
     out = label_bytes + 1 + (classes if probabilities or order_axes == "3" else 0)
     per_slice = area * (in_flight * info.dtype.itemsize + (in_flight + 2) * out + scratch_of_voxel)
-    fixed = measured.peak_bytes
+    fixed = measured.peak_bytes + (at_once - 1) * measured.slice_bytes
     if processes:
-        fixed = (measured.peak_bytes + _DASK_BYTES) * (processes + 1 if shared else 1)
+        fixed = (fixed + _DASK_BYTES) * (processes + 1 if shared else 1)
     many = max(1, processes if shared else 1)
     if slices is None:
         room = (budget - fixed) / _MARGIN / (per_slice * many)

@@ -22,7 +22,8 @@ import hdf5plugin  # noqa: F401 — makes its filters known to HDF5
 import numpy as np
 import numpy.typing as npt
 
-from phaseline.clients.volumes.fingerprint import (
+from phaseline.clients.volumes.nexus import find_dataset, voxel_size
+from phaseline.clients.volumes.reader import (
     DAMAGE,
     Missing,
     PlanesOf,
@@ -35,7 +36,6 @@ from phaseline.clients.volumes.fingerprint import (
     refuse_missing,
     split_dataset,
 )
-from phaseline.clients.volumes.nexus import find_dataset, voxel_size
 from phaseline.clients.volumes.volume import Box, VolumeInfo, Voxels
 from phaseline.runtime.errors import VolumeError
 

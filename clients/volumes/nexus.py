@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from phaseline.clients.volumes.fingerprint import voxel_of
+from phaseline.clients.volumes.reader import voxel_of
 from phaseline.clients.volumes.volume import VoxelSize
 from phaseline.runtime.errors import UsageError, VolumeError
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from phaseline.clients.volumes.fingerprint import (
+from phaseline.clients.volumes.reader import (
     Missing,
     PlanesOf,
     Reader,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, assert_never
 
-from phaseline.clients.volumes.fingerprint import DAMAGE, Missing
 from phaseline.clients.volumes.raw import NpyVolume, RawLayout, RawVolume, npy_header
+from phaseline.clients.volumes.reader import DAMAGE, Missing
 from phaseline.clients.volumes.tiff import SUFFIXES as TIFF
 from phaseline.clients.volumes.tiff import TiffFolder, TiffVolume, is_tiff_stack
 from phaseline.clients.volumes.volume import Volume

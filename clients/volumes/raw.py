@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from phaseline.clients.volumes.fingerprint import Reader, fingerprint_of, native, plain_dtype
+from phaseline.clients.volumes.reader import Reader, fingerprint_of, native, plain_dtype
 from phaseline.clients.volumes.volume import Box, VolumeInfo, Voxels
 from phaseline.runtime.errors import UsageError, VolumeError
 

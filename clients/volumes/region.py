@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from phaseline.clients.volumes.fingerprint import fingerprint_of
+from phaseline.clients.volumes.reader import fingerprint_of
 from phaseline.clients.volumes.volume import Box, Volume, VolumeInfo, Voxels, VoxelSize
 from phaseline.runtime.errors import UsageError, VolumeError
 

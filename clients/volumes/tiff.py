@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from phaseline.clients.volumes.fingerprint import (
+from phaseline.clients.volumes.raw import read_into
+from phaseline.clients.volumes.reader import (
     DAMAGE,
     Missing,
     Reader,
@@ -40,7 +41,6 @@ from phaseline.clients.volumes.fingerprint import (
     split_dataset,
     voxel_of,
 )
-from phaseline.clients.volumes.raw import read_into
 from phaseline.clients.volumes.volume import Box, VolumeInfo, Voxels, VoxelSize
 from phaseline.runtime.errors import MissingInputError, PhaselineError, UsageError, VolumeError
 

@@ -71,6 +71,9 @@ def upsampler_command(
     *,
     backbone: Annotated[Path, typer.Option("--backbone", help="Weights of `phaseline train backbone`.")],
     out: Out,
+    start: Annotated[Path | None, typer.Option("--start", help="An upsampler's weights to go on from.")] = None,
+    tune_backbone: Annotated[bool, typer.Option(
+        "--tune-backbone", help="Train the backbone along, and write it too; with --target none.")] = False,
     images: Images = None,
     bundled: Bundled = True,
     target: Annotated[str, typer.Option(
@@ -101,8 +104,9 @@ def upsampler_command(
     from phaseline.export.training import runs
     from phaseline.export.training.upsampler import UpsamplerTraining, check_target
 
-    training = UpsamplerTraining(backbone=str(backbone), target=check_target(target), episode_weight=episodes, map_weight=maps,
-                                 hidden=hidden, materials=materials, seed=seed)
+    training = UpsamplerTraining(backbone=str(backbone), start="" if start is None else str(start), tune_backbone=tune_backbone,
+                                 target=check_target(target), episode_weight=episodes, map_weight=maps, hidden=hidden,
+                                 materials=materials, seed=seed)
     run = runs.Run(out, images or [], bundled, provenance, steps, learning_rate, choose_device(device), threads, resume,
                    overwrite)
     with _progress(steps, quiet) as progress:

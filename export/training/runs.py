@@ -2,7 +2,7 @@
 
     OUT/checkpoint.safetensors   state between steps; resumed from
     OUT/log.jsonl                means every hundred steps
-    OUT/backbone.safetensors     or upsampler.safetensors: the result
+    OUT/backbone.safetensors     or upsampler.safetensors, or both: the result
     OUT/MODEL_CARD.md            what it is, what it was trained on, and how
 """
 
@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from phaseline.export.training.backbone import BackboneTask, BackboneTraining
 from phaseline.export.training.card import write_card
 from phaseline.export.training.loop import Schedule, Task, prepare_folder, train
 from phaseline.export.training.micrographs import Micrograph, digest, load_micrographs
 from phaseline.export.training.samples import Pool, make_pool
+from phaseline.export.training.trained import save_backbone
 from phaseline.export.training.upsampler import UpsamplerTask, UpsamplerTraining
 from phaseline.export.upsampler_weights import save_upsampler
 from phaseline.runtime.errors import MissingInputError
 
 BACKBONE_FILE = "backbone.safetensors"
 UPSAMPLER_FILE = "upsampler.safetensors"
-_HALF_FROM_SIZE = 4096
 Advance = Callable[[int, dict[str, float]], None]
 
 
@@ -75,10 +74,7 @@ def train_backbone(training: BackboneTraining, run: Run, advance: Advance) -> li
     task = BackboneTask(training, _pool(training, micrographs, run), [m.pixels for m in micrographs], run.device)
     settings = _train(task, dataclasses.asdict(training), training.seed, micrographs, run, advance)
     file = run.folder / BACKBONE_FILE
-    state = task.state()
-    stored = {n: t.half() if t.numel() >= _HALF_FROM_SIZE else t.float() for n, t in state.items()}
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file,
-              metadata={"architecture": training.architecture})
+    save_backbone(task.state(), training.architecture, file)
     write_card(run.folder, f"Backbone {training.architecture}", file, settings, micrographs, _text(run.provenance))
     return [f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB",
             f"next: phaseline export {training.architecture} --weights {file} --channels {training.channels} --out BUNDLE"]
@@ -97,9 +93,14 @@ def train_upsampler(training: UpsamplerTraining, run: Run, advance: Advance) -> 
     task.finish()
     file = run.folder / UPSAMPLER_FILE
     save_upsampler(task.network, task.network.config, file)
+    backbone, tuned = Path(training.backbone), list[str]()
+    if training.tune_backbone:
+        backbone = run.folder / BACKBONE_FILE
+        save_backbone(task.backbone_state(), task.architecture, backbone)
+        tuned = [f"wrote {backbone}, {backbone.stat().st_size / 1e6:.1f} MB: the upsampler belongs to this one"]
     write_card(run.folder, f"Upsampler {task.network.config.name}", file, settings, micrographs, _text(run.provenance))
-    return [f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB",
-            f"next: phaseline export … --weights {training.backbone} --upsampler {file} --out BUNDLE"]
+    return [f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB", *tuned,
+            f"next: phaseline export … --weights {backbone} --upsampler {file} --out BUNDLE"]
 
 
 def _begin(run: Run) -> list[Micrograph]:

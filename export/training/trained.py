@@ -1,16 +1,37 @@
-"""Reading what `phaseline train backbone` wrote."""
+"""The file of a trained compact backbone: timm's tensors, a projection, and the architecture's name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from phaseline.export.backbone import Backbone, create_backbone
 from phaseline.export.weights import PROJECTION, load_state, read_state
 from phaseline.runtime.bundle import describe_file
 from phaseline.runtime.errors import MissingInputError, WeightsError
+
+_HALF_FROM_SIZE = 4096
+
+
+def save_backbone(state: Mapping[str, torch.Tensor], architecture: str, path: Path) -> None:
+    """Write a backbone, tensors of 4096 values and more in float16.
+
+    Parameters
+    ----------
+    state
+        timm's tensors, and ``projection.weight`` of shape (k, D).
+    architecture
+        A compact ViT's name.
+    path
+        A ``.safetensors`` file; its folder exists.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file({name: tensor.half() if tensor.numel() >= _HALF_FROM_SIZE else tensor.float() for name, tensor in stored.items()},
+              path, metadata={"architecture": architecture})
 
 
 def read_backbone(path: Path) -> tuple[Backbone, torch.Tensor, str]:

@@ -1,4 +1,4 @@
-"""Training the convolutional upsampler of arXiv 2508.21529 (§3.1, Table S1) for a frozen compact backbone.
+"""Training the convolutional upsampler of arXiv 2508.21529 (§3.1, Table S1) for a compact backbone, frozen or tuned.
 
     image ─▶ tokens at the bundle's stride ─▶ upsampler ─▶ pixel features ─┬─ smooth L1 ─ target
       │                                                                    ├─ episodes: label one field of view from another
@@ -34,6 +34,9 @@ from phaseline.export.training.tokens import grid_of, token_maps
 from phaseline.export.training.trained import read_backbone
 from phaseline.export.training.views import averaged_pixels, draw_views
 from phaseline.export.upsampler import Upsampler, UpsamplerConfig
+from phaseline.export.upsampler_weights import load_upsampler
+from phaseline.export.weights import PROJECTION
+from phaseline.runtime.bundle import describe_file
 from phaseline.runtime.contract import F32, U8
 from phaseline.runtime.errors import UsageError
 
@@ -53,6 +56,10 @@ class UpsamplerTraining:
     ----------
     backbone
         Path of the weights of `phaseline train backbone`.
+    start
+        Path of an upsampler's weights to go on from; empty: from random ones.
+    tune_backbone
+        Train the backbone's blocks along, its projection excepted.
     target
         ``averaged``, ``implicit`` or ``none``.
     episode_weight, map_weight
@@ -76,6 +83,8 @@ class UpsamplerTraining:
     """
 
     backbone: str
+    start: str = ""
+    tune_backbone: bool = False
     target: Target = "averaged"
     episode_weight: float = 1.0
     map_weight: float = 1.0
@@ -99,6 +108,9 @@ class UpsamplerTraining:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.target == "none" and not self.has_episodes:
             raise UsageError("target is none, and episodes and maps have no weight: nothing is left to learn; give one of them")
+        if self.tune_backbone and self.target != "none":
+            raise UsageError(f"the backbone is to be tuned, but target is {self.target}, which is made of the backbone's own "
+                             "features; use --target none")
         if self.crop_px % self.stride_px or self.tile_px % self.stride_px or self.crop_px > self.tile_px:
             raise UsageError(f"crop is {self.crop_px}, expected a multiple of the stride, {self.stride_px}, of at most "
                              f"{self.tile_px}")
@@ -132,22 +144,18 @@ class UpsamplerTask:
         if self._backbone.patch_px != training.stride_px:
             raise UsageError(f"{training.backbone} has patches of {self._backbone.patch_px} px, but stride is "
                              f"{training.stride_px}; an upsampler works between patches that touch")
-        self._backbone.vit.to(device)
+        self._backbone.vit.requires_grad_(training.tune_backbone).to(device)
         self._projection = projection.to(device)
         self._tile_grid = grid_of(training.tile_px, self._backbone.patch_px, training.stride_px)
         self._fine_px = training.stride_px // 2
         channels = len(projection)
-        scale = self._measured_scale()
-        self.network = Upsampler(UpsamplerConfig(
-            name=f"phaseline-{channels}", n_ch_in=channels, n_ch_hidden=training.hidden, n_ch_out=channels,
-            n_ch_downsampler=training.hidden, patch_size=training.stride_px, feature_scale=scale, guidance="standardised"))
-        _initialise(self.network)
+        self.settings: dict[str, Any] = {**dataclasses.asdict(training), "backbone": digest}
+        self.network = self._started() if training.start else self._random(channels)
         # Twice as fast on CPUs as channel after channel.
         self.network.to(device).to(memory_format=torch.channels_last).train()
         self._readout = nn.Conv2d(channels, MAPS, 1).to(device)
         self._map_weights = torch.tensor(WEIGHTS, device=device).view(1, -1, 1, 1)
         self._temperature = nn.ParameterDict({"value": nn.Parameter(torch.tensor(6.0, device=device))})
-        self.settings: dict[str, Any] = {**dataclasses.asdict(training), "backbone": digest}
 
     @functools.cached_property
     def _pool(self) -> Pool:
@@ -163,8 +171,9 @@ class UpsamplerTask:
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """All that is trained; only ``network`` is kept."""
-        return {"network": self.network, "readout": self._readout, "temperature": self._temperature}
+        """All that is trained; ``network`` is kept, and ``vit`` if it is tuned."""
+        tuned = {"vit": self._backbone.vit} if self.training.tune_backbone else {}
+        return {"network": self.network, "readout": self._readout, "temperature": self._temperature, **tuned}
 
     def loss(self, random: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of one batch; logs each loss and the share of pixels labelled rightly."""
@@ -191,6 +200,15 @@ class UpsamplerTask:
             total = total + training.episode_weight * episodes
             values |= {"episodes": float(episodes.detach()), "right": float(right)}
         return total, values
+
+    @property
+    def architecture(self) -> str:
+        """The backbone's name."""
+        return self._backbone.name
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The backbone as it is now: timm's tensors, and ``projection.weight`` of shape (k, D)."""
+        return {**self._backbone.vit.state_dict(), PROJECTION: self._projection}
 
     def finish(self) -> None:
         """Turn the channels onto their principal axes, over crops of generated materials, or of micrographs."""
@@ -224,9 +242,9 @@ class UpsamplerTask:
         return torch.from_numpy(crops)[:, None].to(self._device)
 
     def _low_res(self, crops: torch.Tensor, stride_px: int, at: tuple[int, int]) -> torch.Tensor:
-        """Projected tokens, no gradient."""
+        """Projected tokens, with a gradient only if the backbone is tuned."""
         grid = grid_of(self.training.tile_px, self._backbone.patch_px, stride_px)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training.tune_backbone):
             tokens = token_maps(self._backbone, crops, stride_px, grid, at)
             return torch.einsum("ndhw,kd->nkhw", tokens, self._projection)
 
@@ -272,10 +290,28 @@ class UpsamplerTask:
                             torch.cat([features[:, 0, _SUPPORT:], features[:, 1]], dim=1),
                             torch.cat([truth[:, 0, _SUPPORT:], truth[:, 1]], dim=1), MAX_PHASES, self._temperature["value"])
 
+    def _random(self, channels: int) -> Upsampler:
+        hidden = self.training.hidden
+        network = Upsampler(UpsamplerConfig(
+            name=f"phaseline-{channels}", n_ch_in=channels, n_ch_hidden=hidden, n_ch_out=channels, n_ch_downsampler=hidden,
+            patch_size=self.training.stride_px, feature_scale=self._measured_scale(), guidance="standardised"))
+        _initialise(network)
+        return network
+
+    def _started(self) -> Upsampler:
+        training = self.training
+        network = load_upsampler(training.start)
+        self.settings["start"] = describe_file(Path(training.start)).sha256
+        config, channels = network.config, len(self._projection)
+        if (config.n_ch_in, config.n_ch_out, config.patch_size) != (channels, channels, training.stride_px):
+            raise UsageError(f"{training.start} takes {config.n_ch_in} channels of patches of {config.patch_size} px and gives "
+                             f"{config.n_ch_out}, expected {channels} and {training.stride_px}, as {training.backbone} has")
+        return network
+
     def _measured_scale(self) -> float:
         """One over the deviation of patch features, so that they enter and leave the network at about 1."""
         scenes = self._tensor(np.stack(self._scenes(_SCALE_BATCH, np.random.default_rng([self.training.seed, 3]))))
-        return float(1 / self._low_res(scenes, self.training.stride_px, (0, 0)).std())
+        return float(1 / self._low_res(scenes, self.training.stride_px, (0, 0)).detach().std())
 
 
 def check_target(target: str) -> Target:
