@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,14 @@ from tests.volumes import (
 distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
 
 SHAPE = (24, 40, 52)
+# A scheduler with a worker, in a process of its own that says where it listens.
+SCHEDULER = """
+import time
+from distributed import LocalCluster
+with LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+    print(cluster.scheduler_address, flush=True)
+    time.sleep(600)
+"""
 HERE = f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -253,6 +262,20 @@ class TestDask:
                 assert run(command(source, recipe, out, *ALL, "--axes", axes, "--cluster", address)) == 0
                 assert files(out) == whole(axes)
                 assert HERE not in workers_of(out)
+
+    def test_a_scheduler_that_goes_away(
+        self, tmp_path: Path, source: Path, recipe: Path, whole: Callable[[str], dict[str, bytes]]
+    ) -> None:
+        out = tmp_path / "o.ome.zarr"
+        with subprocess.Popen([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE, text=True) as scheduler:
+            assert scheduler.stdout is not None
+            spec = parse_cluster(scheduler.stdout.readline().strip())
+            asked = request(source, recipe, out, confidence=True, probabilities=True, cluster=spec)
+            with pytest.raises(JobError, match=r"went away .*go on with --resume"), VolumeJob.open(asked) as job:
+                job.run(progress=lambda step: scheduler.kill())
+        assert 0 < len(blocks_of(out)) < 8 and blocks_of(out, "failed") == []
+        assert run(command(source, recipe, out, *ALL, "--resume")) == 0
+        assert files(out) == whole("plane")
 
     def test_what_workers_cannot_do_is_said(
         self, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
