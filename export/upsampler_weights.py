@@ -20,10 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phaseline.export.upsampler import Upsampler, UpsamplerConfig
+from phaseline.export.weights import halved
 from phaseline.runtime.errors import MissingInputError, UsageError, WeightsError
 
-# Smaller tensors stay in float32: halving saves nothing, and biases and norms keep their precision.
-_HALF_FROM_SIZE = 4096
 # Counts training steps; no part of the network, and absent from some checkpoints.
 _COUNTER = "num_batches_tracked"
 
@@ -72,14 +71,14 @@ def save_upsampler(module: nn.Module, config: UpsamplerConfig, path: Path) -> No
         Its sizes.
     path
         A ``.safetensors`` file; its folder exists.
+
+    Raises
+    ------
+    WeightsError
+        A value is not finite, or beyond float16: nothing is written.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
-             if not name.endswith(_COUNTER)}
-    stored = {name: tensor.half() if tensor.numel() >= _HALF_FROM_SIZE else tensor.float() for name, tensor in state.items()}
-    for name, tensor in stored.items():
-        if not torch.isfinite(tensor).all():
-            raise WeightsError(f"tensor {name} holds NaN, infinity, or values beyond float16's ±65504: nothing was written")
-    save_file(stored, path, metadata={"config": json.dumps(dataclasses.asdict(config), sort_keys=True)})
+    state = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(_COUNTER)}
+    save_file(halved(state), path, metadata={"config": json.dumps(dataclasses.asdict(config), sort_keys=True)})
 
 
 def random_upsampler(seed: int, *, channels: int, patch_px: int, hidden: int = 32) -> Upsampler:

@@ -31,10 +31,28 @@ State = dict[str, torch.Tensor]
 
 _WRAPPERS = ("model", "state_dict", "teacher", "model_ema")
 PROJECTION = "projection.weight"
+# Smaller tensors stay in float32: halving saves nothing, and biases and norms keep their precision.
+_HALF_FROM_SIZE = 4096
 _PREFIXES = ("module.", "backbone.", "_orig_mod.")
 # Parts that only training needs, or that end in a classifier.
 _IGNORED = re.compile(r"(mask_token|head|head_dist|heads|fc_norm|dino_head|ibot_head|local_cls_norm|projectors|projection)(\.|$)|"
                       r".*\.(bias_mask|periods)$|rope_embed\.|rope\.")
+
+
+def halved(state: Mapping[str, torch.Tensor]) -> State:
+    """Tensors as weights files hold them: of 4096 values and more in float16, the others in float32; contiguous, on the CPU.
+
+    Raises
+    ------
+    WeightsError
+        A value is not finite, or beyond float16.
+    """
+    stored = {name: (tensor.half() if tensor.numel() >= _HALF_FROM_SIZE else tensor.float()).detach().cpu().contiguous()
+              for name, tensor in state.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"tensor {name} holds NaN, infinity, or values beyond float16's ±65504: nothing was written")
+    return stored
 
 
 def load_backbone(name: str, weights: str) -> tuple[Backbone, str, bool]:

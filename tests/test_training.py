@@ -196,10 +196,11 @@ def test_ridge_is_the_same_from_either_side() -> None:
                                rtol=1e-3, atol=1e-4)
 
 
-def test_upsampler_learns_from_generated_materials_alone(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tune_backbone", [False, True])
+def test_upsampler_learns_from_generated_materials_alone(trained: Path, tmp_path: Path, tune_backbone: bool) -> None:
     """Without a target: episodes and maps; resumed, it is the training that was not stopped."""
     training = UpsamplerTraining(backbone=str(trained / "backbone.safetensors"), target="none", hidden=8, crop_px=56, tile_px=84,
-                                 episodes=2)
+                                 episodes=2, tune_backbone=tune_backbone)
     mapped = make_pool(3, 56, 0, micrographs(), maps=True)
 
     def begin() -> UpsamplerTask:
@@ -226,6 +227,11 @@ def test_upsampler_learns_from_generated_materials_alone(trained: Path, tmp_path
     resumed.finish()
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    first = begin().backbone_state()
+    changed = [name for name, tensor in whole.backbone_state().items() if not torch.equal(tensor, first[name])]
+    assert bool(changed) == tune_backbone and "projection.weight" not in changed
+    for name, tensor in whole.backbone_state().items():
+        assert torch.equal(tensor, resumed.backbone_state()[name]), name
 
 
 def test_training_needs_something_to_learn(trained: Path) -> None:
@@ -364,7 +370,8 @@ def test_upsampler_goes_on_from_another_and_tunes_its_backbone(trained: Path, im
     kernel = "upsampler.inp_conv.double_conv.0.weight"
     torch.testing.assert_close(one.state_dict()[kernel], other.state_dict()[kernel], rtol=0, atol=1e-3)
     card = (out / "MODEL_CARD.md").read_text()
-    assert f"| start | {describe_file(start).sha256} |" in card and "| tune_backbone | True |" in card
+    assert f"| start | {describe_file(start).sha256} |" in card
+    assert "| tune_backbone | True |" in card and "| hidden | 8 |" in card
 
 
 @pytest.mark.parametrize("change", [{"channels": 6}, {"patch_px": 7}])

@@ -71,13 +71,12 @@ def test_kills_at_random_moments(tmp_path: Path, source: Path, recipe: Path) -> 
 
 
 @pytest.mark.parametrize(("variant", "moments"), [
-    (Variant("planes, OME-Zarr", "o.ome.zarr"), lambda changes: range(2, changes, changes // 10)),
-    (Variant("planes, HDF5", "o.h5", ("--confidence",)), lambda changes: range(1, changes, changes // 10)),
+    (Variant("planes, OME-Zarr", "o.ome.zarr"), lambda changes: range(2, changes, 4)),
+    (Variant("planes, HDF5", "o.h5", ("--confidence",)), lambda changes: range(1, changes, 5)),
     # From the last block on: pyramid, report, the file itself, and tidying up.
     (Variant("planes, HDF5", "o.h5", ("--confidence",)), lambda changes: range(changes - 40, changes + 1, 4)),
     (Variant("planes, TIFF", "o.tif", ALL), lambda changes: range(changes - 50, changes + 1, 5)),
-    (Variant("three directions, TIFF", "o.tif", ("--axes", "3", "--block", "9")),
-     lambda changes: range(3, changes, changes // 10)),
+    (Variant("three directions, TIFF", "o.tif", ("--axes", "3", "--block", "9")), lambda changes: range(3, changes, 7)),
 ])
 def test_kills_before_changes_of_files(
     tmp_path: Path, source: Path, recipe: Path, variant: Variant, moments: Callable[[int], range]

@@ -85,7 +85,7 @@ def upsampler_command(
     maps: Annotated[float, typer.Option(
         help="Weight of telling, linearly, what is known of generated materials (thickness, borders, particles, grey levels); 0: "
              "not at all.")] = 1.0,
-    hidden: Annotated[int, typer.Option(help="Channels inside.")] = 32,
+    hidden: Annotated[int, typer.Option(help="Channels inside; of --start, where given.")] = 32,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 2000,
     learning_rate: Annotated[float, typer.Option(help="Its peak; the paper has 1e-4.")] = 1e-3,
     materials: Annotated[int, typer.Option(help="Generated materials.")] = 1200,

@@ -10,11 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from phaseline.export.backbone import Backbone, create_backbone
-from phaseline.export.weights import PROJECTION, load_state, read_state
+from phaseline.export.weights import PROJECTION, halved, load_state, read_state
 from phaseline.runtime.bundle import describe_file
 from phaseline.runtime.errors import MissingInputError, WeightsError
-
-_HALF_FROM_SIZE = 4096
 
 
 def save_backbone(state: Mapping[str, torch.Tensor], architecture: str, path: Path) -> None:
@@ -28,10 +26,13 @@ def save_backbone(state: Mapping[str, torch.Tensor], architecture: str, path: Pa
         A compact ViT's name.
     path
         A ``.safetensors`` file; its folder exists.
+
+    Raises
+    ------
+    WeightsError
+        A value is not finite, or beyond float16: nothing is written.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file({name: tensor.half() if tensor.numel() >= _HALF_FROM_SIZE else tensor.float() for name, tensor in stored.items()},
-              path, metadata={"architecture": architecture})
+    save_file(halved(state), path, metadata={"architecture": architecture})
 
 
 def read_backbone(path: Path) -> tuple[Backbone, torch.Tensor, str]:

@@ -65,7 +65,7 @@ class UpsamplerTraining:
     episode_weight, map_weight
         Of the losses on generated materials, next to the target's; both 0: the target only.
     hidden
-        Channels inside, and of the guidance's levels.
+        Channels inside, and of the guidance's levels; those of `start`, where there is one.
     stride_px, tile_px
         Of the bundles that will be made.
     crop_px
@@ -301,8 +301,8 @@ class UpsamplerTask:
     def _started(self) -> Upsampler:
         training = self.training
         network = load_upsampler(training.start)
-        self.settings["start"] = describe_file(Path(training.start)).sha256
         config, channels = network.config, len(self._projection)
+        self.settings |= {"start": describe_file(Path(training.start)).sha256, "hidden": config.n_ch_hidden}
         if (config.n_ch_in, config.n_ch_out, config.patch_size) != (channels, channels, training.stride_px):
             raise UsageError(f"{training.start} takes {config.n_ch_in} channels of patches of {config.patch_size} px and gives "
                              f"{config.n_ch_out}, expected {channels} and {training.stride_px}, as {training.backbone} has")
@@ -311,7 +311,8 @@ class UpsamplerTask:
     def _measured_scale(self) -> float:
         """One over the deviation of patch features, so that they enter and leave the network at about 1."""
         scenes = self._tensor(np.stack(self._scenes(_SCALE_BATCH, np.random.default_rng([self.training.seed, 3]))))
-        return float(1 / self._low_res(scenes, self.training.stride_px, (0, 0)).detach().std())
+        with torch.no_grad():
+            return float(1 / self._low_res(scenes, self.training.stride_px, (0, 0)).std())
 
 
 def check_target(target: str) -> Target:
